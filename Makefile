@@ -1,0 +1,59 @@
+# Two commands: `make book` and `make test`. Both set themselves up, and both may be repeated.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+PAGES := _build/html
+# Two workers on two cores: one thread each, or they fight over the cores.
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: help book pages compare test check setup notebooks clean
+
+help:
+	@echo "make book       train a first comparison, build the book, print where it is"
+	@echo "make test       run every check: style, types, tests, notebooks, pages"
+	@echo "make check      the quick checks alone: style and types"
+	@echo "make notebooks  run every notebook again at full size and store its outputs"
+	@echo "make clean      remove the built book (the environment in $(VENV) stays)"
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+		echo "make: Python 3.11 or newer is needed; name one with make PYTHON=/path/to/python3"; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { \
+		echo "make: python3 -m venv failed; install the venv package of your system"; exit 1; }
+	@echo "make: installing into $(VENV) (once; later runs skip this)"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[book,test,dev]' || { \
+		echo "make: installation failed; is the package index reachable?"; exit 1; }
+	@touch $@
+
+book: compare pages
+	@echo
+	@echo "The book is ready. Open its first page:"
+	@echo "    file://$(CURDIR)/$(PAGES)/index.html"
+
+compare: $(STAMP)
+	@$(BIN)/modlib compare --data digits
+
+# Sphinx warns about a page only when it reads it, so a failed build leaves nothing to resume from.
+pages: $(STAMP)
+	@$(BIN)/python tools/address.py
+	@$(BIN)/jupyter-book build . -W -n --keep-going -q || { rm -rf _build; \
+		echo "make: the book has warnings (above); mend them and build again"; exit 1; }
+
+check: $(STAMP)
+	@$(BIN)/ruff check . || { echo "make: ruff found something to mend (above)"; exit 1; }
+	@$(BIN)/ruff format --check --quiet . || { echo "make: run $(BIN)/ruff format ."; exit 1; }
+	@$(BIN)/mypy || { echo "make: mypy found a type error (above)"; exit 1; }
+
+test: check
+	@MODLIB_QUICK=1 $(BIN)/pytest -n 2 --dist loadscope -q
+
+notebooks: $(STAMP)
+	@$(BIN)/jupyter execute --inplace book/*.ipynb
+	@$(BIN)/python tools/tidy.py book/*.ipynb
+
+clean:
+	rm -rf _build
