@@ -1,0 +1,22 @@
+"""Figures, tables and records of the book. Reads records; knows no method and no data set."""
+
+from modlib.viz.records import group, mean_and_spread, records, values
+from modlib.viz.stepper import Stepper, stepper
+from modlib.viz.style import CATEGORY_COLOURS, COLOURS, band, label_lines, style
+from modlib.viz.table import Table, table
+
+__all__ = [
+    "CATEGORY_COLOURS",
+    "COLOURS",
+    "Stepper",
+    "Table",
+    "band",
+    "group",
+    "label_lines",
+    "mean_and_spread",
+    "records",
+    "stepper",
+    "style",
+    "table",
+    "values",
+]
