@@ -2,7 +2,7 @@
 
 The frames are drawn beforehand and travel inside the page as pictures. A few lines of script in the
 slider show one of them at a time, so the same output works in Jupyter, on Colab, on the built page
-and from a zip. Where scripts are off, the first frame stands alone as a picture.
+and from a zip. Where scripts are off, one frame stands alone as a picture.
 """
 
 import base64
@@ -35,7 +35,7 @@ figure.timer = setInterval(() => {
 }, 700);
 this.textContent = '\u275a\u275a'; this.setAttribute('aria-label', 'Pause');
 """
-# The controls appear once the first picture has loaded, that is, only where scripts run.
+# The controls appear once a picture has loaded, that is, only where scripts run.
 _READY = "this.closest('figure').querySelector('[data-controls]').style.display = 'flex';"
 
 
@@ -43,18 +43,24 @@ class Stepper:
     """Pictures under one slider. Made by :func:`stepper`; notebooks display it by themselves."""
 
     def __init__(
-        self, pictures: Sequence[bytes], alts: Sequence[str], captions: Sequence[str], label: str
+        self,
+        pictures: Sequence[bytes],
+        alts: Sequence[str],
+        captions: Sequence[str],
+        label: str,
+        start: int = 0,
     ) -> None:
         self.pictures = tuple(pictures)
         self.alts = tuple(alts)
         self.captions = tuple(captions)
         self.label = label
+        self.start = start
 
     def __len__(self) -> int:
         return len(self.pictures)
 
     def __repr__(self) -> str:
-        return f"Stepper({len(self)} frames, label={self.label!r}): {self.alts[0]}"
+        return f"Stepper({len(self)} frames, label={self.label!r}): {self.alts[self.start]}"
 
     def _repr_html_(self) -> str:
         frames = "\n".join(self._frame(i) for i in range(len(self)))
@@ -64,18 +70,19 @@ class Stepper:
             f'<button type="button" aria-label="Play" onclick="{escape(_PLAY)}">'
             "\u25b6\ufe0e</button>\n"
             f'<label style="display:contents">{escape(self.label)} <input type="range" min="0" '
-            f'max="{len(self) - 1}" step="1" value="0" style="flex:1; min-width:0" '
-            f'aria-valuetext="{escape(self.captions[0])}" oninput="{escape(_SHOW)}"></label>\n'
-            f"</div>\n{frames}\n</figure>"
+            f'max="{len(self) - 1}" step="1" value="{self.start}" style="flex:1; min-width:0" '
+            f'aria-valuetext="{escape(self.captions[self.start])}" oninput="{escape(_SHOW)}">'
+            f"</label>\n</div>\n{frames}\n</figure>"
         )
 
     def _frame(self, i: int) -> str:
         data = base64.b64encode(self.pictures[i]).decode()
-        first = f' onload="{escape(_READY)}"' if i == 0 else ""
+        shown = i == self.start
+        ready = f' onload="{escape(_READY)}"' if shown else ""
         return (
-            f"<div data-frame{' hidden' if i else ''}>"
+            f"<div data-frame{'' if shown else ' hidden'}>"
             f'<img style="max-width:100%; background:white" alt="{escape(self.alts[i])}"'
-            f'{first} src="data:image/png;base64,{data}">'
+            f'{ready} src="data:image/png;base64,{data}">'
             f"<figcaption>{escape(self.captions[i])}</figcaption></div>"
         )
 
@@ -86,6 +93,7 @@ def stepper(
     *,
     label: str,
     captions: Sequence[str] | None = None,
+    start: int = 0,
     dpi: int = 120,
 ) -> Stepper:
     """Put frames under a slider that works with or without a kernel.
@@ -97,13 +105,15 @@ def stepper(
         label: the name of what the slider changes, with its unit: "epoch", "batch size".
         captions: for each frame, the line under it, by default its description (``alts``).
             The slider's value is read out as this line.
+        start: the frame that is shown first, and alone where scripts are off or on paper.
         dpi: pixels an inch of a Matplotlib frame.
 
     Returns:
         An object that Jupyter, Colab and the built book display.
 
     Raises:
-        ValueError: there are no frames, or not one description (or caption) for each.
+        ValueError: there are no frames, not one description (or caption) for each, or ``start`` is
+            not one of them.
         TypeError: a frame is neither a Matplotlib figure nor bytes.
 
     >>> import matplotlib.pyplot as plt
@@ -122,7 +132,11 @@ def stepper(
             raise ValueError(
                 f"{name}: {len(texts)} given for {len(pictures)} frames; give one for each frame"
             )
-    return Stepper(pictures, alts, captions or alts, label)
+    if not 0 <= start < len(pictures):
+        raise ValueError(
+            f"start: {start} given; give the number of a frame, 0 to {len(pictures) - 1}"
+        )
+    return Stepper(pictures, alts, captions or alts, label, start)
 
 
 def _picture(frame: Figure | bytes, dpi: int) -> bytes:
