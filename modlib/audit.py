@@ -1,0 +1,402 @@
+"""Measure what a method needs: the survey's taxonomy as an instrument, not a declaration.
+
+The audit copies the network and the method's stages, runs real steps on a batch, and watches: which
+module runs when, which parameters a backward pass reaches, when parameters change, what autograd
+holds, what crosses a boundary, and whether an update still comes out the same when class names are
+exchanged. The category follows from what was seen.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from modlib.memory import SavedBytes
+from modlib.methods import Method, Stage
+from modlib.network import ModularNetwork
+
+
+class Event(NamedTuple):
+    """Something that happened in a step: what, to which module, and in which backward pass."""
+
+    what: str  # "forward", "backward" (a gradient reached its parameters) or "update"
+    module: int
+    backward: int  # number of the backward pass; -1 before the first
+
+
+@dataclass(frozen=True)
+class StageAudit:
+    """What one step of one stage did.
+
+    Attributes:
+        events: in the order in which they happened.
+        updated: modules whose parameters changed.
+        saved_bytes: the peak of what autograd held, parameters excluded.
+        forward_bytes: for each boundary k, bytes of module k's output that module k + 1 took in.
+        backward_bytes: for each boundary, bytes of gradient that came back through it.
+        labels: for each module, what its update depends on: "classes", "pairs" (same or different),
+            "none", or "-" when it is not updated.
+    """
+
+    events: tuple[Event, ...]
+    updated: tuple[int, ...]
+    saved_bytes: int
+    forward_bytes: tuple[int, ...]
+    backward_bytes: tuple[int, ...]
+    labels: tuple[str, ...]
+
+    def reached(self) -> list[set[int]]:
+        """For each backward pass, the modules whose parameters got a gradient from it."""
+        passes: dict[int, set[int]] = {}
+        for event in self.events:
+            if event.what == "backward":
+                passes.setdefault(event.backward, set()).add(event.module)
+        return list(passes.values())
+
+    def ran(self) -> set[int]:
+        """The modules that ran."""
+        return {event.module for event in self.events if event.what == "forward"}
+
+    def waits(self, module: int) -> set[int]:
+        """The modules after this one that ran, or got gradients, before it was updated."""
+        seen: set[int] = set()
+        for event in self.events:
+            if event.what == "update" and event.module == module:
+                return seen
+            if event.module > module:
+                seen.add(event.module)
+        return set()
+
+
+@dataclass(frozen=True)
+class Audit:
+    """What a method was seen to need. ``print`` it for a table.
+
+    Attributes:
+        method: its name.
+        modules: K.
+        stages: what one step of each stage did.
+    """
+
+    method: str
+    modules: int
+    stages: tuple[StageAudit, ...] = field(repr=False)
+
+    @property
+    def end_to_end_forward(self) -> bool:
+        """Does some step that updates a hidden module run the whole network?"""
+        last = self.modules - 1
+        return any(
+            len(stage.ran()) == self.modules
+            and (min(stage.updated, default=last) < last or last == 0)
+            for stage in self.stages
+        )
+
+    @property
+    def end_to_end_backward(self) -> bool:
+        """Does one backward pass reach the parameters of every module?"""
+        return any(len(reached) == self.modules for s in self.stages for reached in s.reached())
+
+    @property
+    def isolated(self) -> bool:
+        """Does no backward pass reach the parameters of two modules?"""
+        return all(len(reached) <= 1 for s in self.stages for reached in s.reached())
+
+    @property
+    def category(self) -> str:
+        """By the survey's definitions: "end-to-end", "weakly modular" or "modular"."""
+        if self.end_to_end_backward:
+            return "end-to-end"
+        return "weakly modular" if self.end_to_end_forward else "modular"
+
+    @property
+    def locks(self) -> dict[str, bool]:
+        """The locks of Jaderberg et al. 2017 that were seen.
+
+        forward: a module's step needs the output of an earlier module in the same step. update: a
+        module is updated only after a later one has run. backward: a module's gradient comes only
+        after a later module's, from the same backward pass.
+        """
+        return {
+            "forward": any(_runs_after_earlier(s) for s in self.stages),
+            "update": any(s.waits(k) for s in self.stages for k in s.updated),
+            "backward": any(len(reached) > 1 for s in self.stages for reached in s.reached()),
+        }
+
+    @property
+    def peak_saved_bytes(self) -> int:
+        """The most that autograd holds in any step, parameters excluded."""
+        return max(stage.saved_bytes for stage in self.stages)
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """What each module's update depends on: "classes", "pairs" or "none"."""
+        seen = ["-"] * self.modules
+        for stage in self.stages:
+            for k in stage.updated:
+                seen[k] = stage.labels[k]
+        return tuple(seen)
+
+    @property
+    def boundary_bytes(self) -> int:
+        """Bytes that cross boundaries, both ways, in the stage where they are most."""
+        return max(sum(s.forward_bytes) + sum(s.backward_bytes) for s in self.stages)
+
+    def summary(self) -> dict[str, Any]:
+        """The measured facts as plain data, for a record."""
+        return {
+            "category": self.category,
+            "end_to_end_forward": self.end_to_end_forward,
+            "end_to_end_backward": self.end_to_end_backward,
+            "isolated": self.isolated,
+            "locks": self.locks,
+            "labels": list(self.labels),
+            "peak_saved_bytes": self.peak_saved_bytes,
+            "boundary_bytes": self.boundary_bytes,
+        }
+
+    def __str__(self) -> str:
+        locks = ", ".join(name for name, on in self.locks.items() if on) or "none"
+        lines = [
+            f"{self.method}, {self.modules} modules, measured on a real step",
+            f"  category              {self.category}",
+            f"  end-to-end forward    {'yes' if self.end_to_end_forward else 'no'}",
+            f"  end-to-end backward   {'yes' if self.end_to_end_backward else 'no'}",
+            f"  locks                 {locks}",
+            f"  labels, by module     {', '.join(self.labels)}",
+            f"  peak of saved bytes   {self.peak_saved_bytes:,}",
+            f"  bytes over boundaries {self.boundary_bytes:,}",
+        ]
+        return "\n".join(lines)
+
+
+def audit(
+    method: Method, net: ModularNetwork, batch: tuple[Tensor, Tensor], seed: int = 0
+) -> Audit:
+    """Run one step of every stage on copies, and report what the method needed.
+
+    Args:
+        method: how the network is trained.
+        net: a network from ``modlib.partition``; it is not changed.
+        batch: images (N, ...) and labels (N,), on the network's device.
+        seed: of auxiliary weights and noise.
+
+    Raises:
+        TypeError: the network has not been cut into modules.
+
+    >>> import modlib
+    >>> net = modlib.partition(modlib.networks.mlp([64, 16, 10]), modules=2)
+    >>> batch = modlib.data.Loader(modlib.data.load("digits")).sample(32)
+    >>> audit(modlib.methods.E2EBP(), net, batch).category
+    'end-to-end'
+    >>> local = audit(modlib.methods.LocalLearning(), net, batch)
+    >>> local.category, local.isolated
+    ('weakly modular', True)
+    """
+    if not isinstance(net, ModularNetwork):
+        raise TypeError(
+            f"net is a {type(net).__name__}, but an audit needs modules: give "
+            "modlib.partition(net, K)."
+        )
+    count = len(_prepare(method, net, batch, seed)[1])
+    stages = tuple(_audit_stage(method, net, batch, seed, number) for number in range(count))
+    return Audit(type(method).__name__, len(net), stages)
+
+
+def _audit_stage(
+    method: Method, net: ModularNetwork, batch: tuple[Tensor, Tensor], seed: int, number: int
+) -> StageAudit:
+    watched, stages = _prepare(method, net, batch, seed)
+    before = _parameters(watched)
+    with _Watch(watched, stages[number]) as watch:
+        _step(stages[number], batch, seed)
+    after = _parameters(watched)
+    updated = tuple(k for k in range(len(net)) if not _equal(before[k], after[k]))
+    return StageAudit(
+        tuple(watch.events),
+        updated,
+        watch.memory.peak,
+        tuple(watch.forward_bytes[k] for k in range(len(net) - 1)),
+        tuple(watch.backward_bytes[k] for k in range(len(net) - 1)),
+        _labels(method, net, batch, seed, number, before, after),
+    )
+
+
+def _prepare(
+    method: Method, net: ModularNetwork, batch: tuple[Tensor, Tensor], seed: int
+) -> tuple[ModularNetwork, list[Stage]]:
+    """A copy of the network and the method's stages on it; nothing of the caller's is touched."""
+    net, method = copy.deepcopy(net), copy.deepcopy(method)
+    with _seeded(seed, batch[0].device):
+        return net, method.stages(net, batch[0])
+
+
+def _step(stage: Stage, batch: tuple[Tensor, Tensor], seed: int) -> None:
+    stage.train()
+    with _seeded(seed + 1, batch[0].device):
+        stage.step(*batch)
+
+
+@contextmanager
+def _seeded(seed: int, device: torch.device) -> Iterator[None]:
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
+
+
+# --- what a step depends on -----------------------------------------------------------------------
+
+
+def _labels(
+    method: Method,
+    net: ModularNetwork,
+    batch: tuple[Tensor, Tensor],
+    seed: int,
+    number: int,
+    before: list[list[Tensor]],
+    after: list[list[Tensor]],
+) -> tuple[str, ...]:
+    """Take the same step with other labels: what stays the same does not depend on them."""
+    x, y = batch
+    renamed = int(y.max()) - y  # exchanges class names, keeps which labels are equal
+    shuffled = y.roll(1)
+    outcomes = []
+    for labels in (renamed, shuffled):
+        other, stages = _prepare(method, net, batch, seed)
+        _step(stages[number], (x, labels), seed)
+        outcomes.append(_parameters(other))
+    return tuple(
+        _dependence(old, new, *(outcome[k] for outcome in outcomes))
+        for k, (old, new) in enumerate(zip(before, after, strict=True))
+    )
+
+
+def _dependence(
+    before: list[Tensor], after: list[Tensor], renamed: list[Tensor], shuffled: list[Tensor]
+) -> str:
+    if _equal(before, after):
+        return "-"
+    if not _close(before, after, renamed):
+        return "classes"
+    return "none" if _close(before, after, shuffled) else "pairs"
+
+
+def _parameters(net: ModularNetwork) -> list[list[Tensor]]:
+    return [[p.detach().clone() for p in module.parameters()] for module in net]
+
+
+def _equal(a: list[Tensor], b: list[Tensor]) -> bool:
+    return all(torch.equal(p, q) for p, q in zip(a, b, strict=True))
+
+
+def _close(before: list[Tensor], after: list[Tensor], other: list[Tensor]) -> bool:
+    """Are two updates from the same start equal up to rounding (a thousandth of the update)?"""
+    size = sum(float((a - b).norm()) for a, b in zip(after, before, strict=True))
+    gap = sum(float((a - o).norm()) for a, o in zip(after, other, strict=True))
+    return gap <= 1e-3 * size
+
+
+def _runs_after_earlier(stage: StageAudit) -> bool:
+    trained = [event.module for event in stage.events if event.what == "backward"]
+    return bool(trained) and min(stage.ran()) < max(trained)
+
+
+# --- watching a step ------------------------------------------------------------------------------
+
+
+class _Watch:
+    """Hooks on a network's modules, parameters and optimisers while one step runs."""
+
+    def __init__(self, net: ModularNetwork, stage: Stage) -> None:
+        self.net, self.stage = net, stage
+        self.events: list[Event] = []
+        self.forward_bytes = [0] * len(net)
+        self.backward_bytes = [0] * len(net)
+        parameters = [p for m in [net, *stage.objectives] for p in m.parameters()]
+        self.memory = SavedBytes(parameters)
+        self._pass = -1
+        self._stack = ExitStack()
+
+    def __enter__(self) -> _Watch:
+        for k, module in enumerate(self.net):
+            self._hook(module.register_forward_hook(self._forward(k)))
+            for parameter in module.parameters():
+                self._hook(_after_grad(parameter, self._backward(k)))
+        for optimizer in self.stage.optimizers:
+            self._hook(optimizer.register_step_post_hook(self._update(optimizer)))
+        self._stack.enter_context(_counted_backward(self._count))
+        self._stack.enter_context(self.memory)
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._stack.close()
+
+    def _hook(self, handle: Any) -> None:
+        self._stack.callback(handle.remove)
+
+    def _count(self) -> None:
+        self._pass += 1
+
+    def _note(self, what: str, module: int) -> None:
+        event = Event(what, module, self._pass)
+        if not self.events or self.events[-1] != event:  # one event, however many parameters
+            self.events.append(event)
+
+    def _forward(self, k: int) -> Callable[[nn.Module, Any, Tensor], None]:
+        def hook(module: nn.Module, args: Any, out: Tensor) -> None:
+            self._note("forward", k)
+            if k > 0:
+                self.forward_bytes[k - 1] += args[0].nbytes
+            if out.requires_grad and k < len(self.net) - 1:
+                self._watch_gradient(k, out)
+
+        return hook
+
+    def _watch_gradient(self, k: int, out: Tensor) -> None:
+        """Count gradient that comes back to module k's output from the modules after it."""
+
+        def hook(gradient: Tensor) -> None:
+            if any(event.what == "backward" and event.backward == self._pass and event.module > k
+                   for event in self.events):  # fmt: skip
+                self.backward_bytes[k] += gradient.nbytes
+
+        out.register_hook(hook)  # type: ignore[no-untyped-call]
+
+    def _backward(self, k: int) -> Callable[[Tensor], None]:
+        return lambda parameter: self._note("backward", k)
+
+    def _update(self, optimizer: torch.optim.Optimizer) -> Callable[..., None]:
+        owned = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        modules = [k for k, m in enumerate(self.net) if any(id(p) in owned for p in m.parameters())]
+
+        def hook(*args: Any) -> None:
+            for k in modules:
+                self._note("update", k)
+
+        return hook
+
+
+def _after_grad(parameter: Tensor, hook: Callable[[Tensor], None]) -> Any:
+    return parameter.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
+
+
+@contextmanager
+def _counted_backward(count: Callable[[], None]) -> Iterator[None]:
+    """Call ``count`` at the start of every backward pass."""
+    original = torch.autograd.backward
+
+    def backward(*args: Any, **kwargs: Any) -> None:
+        count()
+        original(*args, **kwargs)
+
+    torch.autograd.backward = backward
+    try:
+        yield
+    finally:
+        torch.autograd.backward = original

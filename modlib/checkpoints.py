@@ -1,0 +1,84 @@
+"""Files from which a run goes on exactly: written whole or not at all, never overwritten by mistake."""
+
+from __future__ import annotations
+
+import os
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+
+State = dict[str, Any]
+
+
+class Checkpoint:
+    """A run's state on disk.
+
+    Args:
+        path: the file.
+        settings: what must be the same for a run to go on from it.
+        resume: whether an existing file may be gone on from.
+
+    Raises:
+        ValueError: the file exists and ``resume`` is False; nothing is changed on disk.
+    """
+
+    def __init__(self, path: str | Path, settings: dict[str, Any], resume: bool) -> None:
+        self.path, self.settings = Path(path), settings
+        if self.path.exists() and not resume:
+            raise ValueError(
+                f"checkpoint: {self.path} exists; give resume=True to go on from it, or another path."
+            )
+
+    def save(self, state: State) -> None:
+        """Write the state; a kill in the middle leaves the old file as it was."""
+        save_whole({"settings": self.settings, **state}, self.path)
+
+    def load(self) -> State | None:
+        """The saved state, or None when there is no file.
+
+        Raises:
+            ValueError: the file is damaged, or it belongs to a run with other settings.
+        """
+        if not self.path.exists():
+            return None
+        try:
+            state: State = torch.load(self.path, weights_only=True, map_location="cpu")
+            settings = state.pop("settings")
+        except (RuntimeError, OSError, EOFError, KeyError, pickle.UnpicklingError) as error:
+            raise ValueError(
+                f"checkpoint: {self.path} is damaged and cannot be read; move it away to start anew "
+                "(it was left as it is)."
+            ) from error
+        for name, value in self.settings.items():
+            if settings.get(name) != value:
+                raise ValueError(
+                    f"checkpoint: {self.path} belongs to a run with {name}={settings.get(name)!r}, "
+                    f"not {value!r}; use the same settings or another path."
+                )
+        return state
+
+
+def save_whole(state: State, path: Path) -> None:
+    """Write a state whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with open(temporary, "wb") as file:
+        torch.save(state, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def random_state() -> State:
+    """PyTorch's generators, on the CPU and on every CUDA device."""
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    return {"cpu": torch.get_rng_state(), "cuda": cuda}
+
+
+def set_random_state(state: State) -> None:
+    """Put the generators back as ``random_state`` found them."""
+    torch.set_rng_state(state["cpu"])
+    if state["cuda"]:
+        torch.cuda.set_rng_state_all(state["cuda"])

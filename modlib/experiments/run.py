@@ -1,0 +1,173 @@
+"""Run a recipe and write its record: one JSON file, the only source of numbers in the book."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from modlib import checkpoints
+from modlib.audit import audit
+from modlib.data import Loader
+from modlib.experiments import environment
+from modlib.experiments.recipes import RECIPES, Recipe
+from modlib.network import ModularNetwork
+from modlib.training import History, evaluate, fit, pick_device
+
+Record = dict[str, Any]
+
+
+def run(
+    recipe: str | Recipe,
+    profile: str = "smoke",
+    seed: int = 0,
+    *,
+    root: str | Path | None = None,
+    results: str | Path = "book/results",
+    runs: str | Path = "runs",
+    device: str = "auto",
+    resume: bool = False,
+    progress: bool = True,
+) -> Record:
+    """Train one network by a recipe and write the record ``results/RECIPE-PROFILE-seedN.json``.
+
+    While it trains, ``runs/RECIPE-PROFILE-seedN/`` holds a checkpoint to resume from and the
+    network after every epoch.
+
+    Args:
+        recipe: a name in ``RECIPES``, or a recipe of your own.
+        profile: "smoke" (seconds), "cpu" (minutes on a few cores) or "gpu" (paper scale).
+        seed: of weights, order and augmentation.
+        root: where data sets are; see ``modlib.data.load``.
+        results: the folder of the record.
+        runs: the folder of checkpoints.
+        device: as in ``modlib.fit``.
+        resume: go on from the checkpoint of an interrupted run.
+        progress: show a progress bar.
+
+    Raises:
+        ValueError: the recipe or profile is unknown, or the run exists already and ``resume`` is
+        False.
+    """
+    recipe = _recipe(recipe)
+    if profile not in recipe.profiles:
+        raise ValueError(
+            f"profile={profile!r}: recipe {recipe.name!r} has {', '.join(recipe.profiles)}."
+        )
+    settings = recipe.profiles[profile]
+    name = f"{recipe.name}-{profile}-seed{seed}"
+    target = Path(results) / f"{name}.json"
+    if target.exists() and not resume:
+        raise ValueError(f"{target} exists; move it away to run this again, or give another seed.")
+    where = pick_device(device)
+    data = settings.load(root)
+    loader = Loader(data, batch_size=settings.batch_size, device=where)
+    batch = loader.sample(settings.batch_size)
+    net = recipe.network(settings, data, seed, batch[0].cpu()).to(where)
+    method = recipe.method()
+    measured = audit(method, net, batch)
+    folder = Path(runs) / name
+    history = fit(
+        net,
+        method,
+        data,
+        epochs=recipe.epochs(settings, len(net)),
+        batch_size=settings.batch_size,
+        seed=seed,
+        device=where,
+        channels_last=settings.channels_last,
+        checkpoint=folder / "checkpoint.pt",
+        resume=resume,
+        progress=progress,
+        after_epoch=_keep(folder),
+    )
+    record = {
+        "recipe": recipe.name,
+        "data": data.name,
+        "profile": profile,
+        "seed": seed,
+        "method": type(method).__name__,
+        "category": measured.category,
+        "modules": len(net),
+        "commit": environment.commit(),
+        "versions": environment.versions(),
+        "hardware": environment.hardware(where),
+        "wall_s": round(sum(history.seconds), 2),
+        "peak_saved_bytes": measured.peak_saved_bytes,
+        "history": _history(history),
+        "final": _final(net, history, data),
+        "settings": {**recipe.settings(), **asdict(settings)},
+        "audit": measured.summary(),
+        "parameters": {
+            "network": _count(net),
+            "auxiliary": _auxiliary(method, net, batch[0]),
+        },
+    }
+    write(record, target)
+    return record
+
+
+def write(record: Record, target: Path) -> None:
+    """Write a record whole or not at all."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f".{target.name}.{os.getpid()}")
+    temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    os.replace(temporary, target)
+
+
+def _recipe(recipe: str | Recipe) -> Recipe:
+    if isinstance(recipe, Recipe):
+        return recipe
+    if recipe not in RECIPES:
+        raise ValueError(f"recipe={recipe!r} is unknown; choose from {', '.join(RECIPES)}.")
+    return RECIPES[recipe]
+
+
+def _keep(folder: Path) -> Any:
+    """Keep the network after every epoch: certificates and figures are computed from these."""
+
+    def after_epoch(net: nn.Module, row: dict[str, Any]) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / f"stage{row['stage']}-epoch{row['epoch']}.pt"
+        checkpoints.save_whole({k: v.cpu() for k, v in net.state_dict().items()}, path)
+
+    return after_epoch
+
+
+def _history(history: History) -> list[dict[str, Any]]:
+    return [
+        {**row, "seconds": round(seconds, 3)}
+        for row, seconds in zip(history.rows, history.seconds, strict=True)
+    ]
+
+
+def _final(net: ModularNetwork, history: History, data: Any) -> dict[str, float]:
+    test, train = evaluate(net, data), evaluate(net, data, "train")
+    return {
+        "test_accuracy": test.accuracy,
+        "test_loss": test.loss,
+        "train_accuracy": train.accuracy,
+        "train_loss": train.loss,
+    }
+
+
+def _count(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
+def _auxiliary(method: Any, net: ModularNetwork, x: torch.Tensor) -> int:
+    """Parameters that are trained but not deployed."""
+    deployed = {id(p) for p in net.parameters()}
+    trained = {
+        id(p): p.numel()
+        for stage in method.stages(net, x)
+        for optimizer in stage.optimizers
+        for group in optimizer.param_groups
+        for p in group["params"]
+    }
+    return sum(size for key, size in trained.items() if key not in deployed)

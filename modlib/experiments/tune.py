@@ -1,0 +1,83 @@
+"""Choose each method's learning rate on held-out training images: ``python -m modlib.experiments.tune``.
+
+Test images take no part. What was tried is written to book/results/tuning.json, so that a reader
+can see how hard each method was tuned, and that none was favoured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from modlib import data as datasets
+from modlib.data import Dataset
+from modlib.experiments.recipes import CIFAR10, TUNED, Recipe
+from modlib.experiments.run import write
+from modlib.training import fit
+
+RATES = (0.03, 0.1, 0.3, 1.0, 3.0)
+
+
+def held_out(data: Dataset, n_train: int, n_test: int) -> Dataset:
+    """Training images split in two: the second part takes the place of the test images."""
+    order = np.random.default_rng(0).permutation(len(data.train_labels))
+    train, test = order[:n_train], order[n_train : n_train + n_test]
+    return dataclasses.replace(
+        data,
+        train_images=data.train_images[np.sort(train)],
+        train_labels=data.train_labels[np.sort(train)],
+        test_images=data.train_images[np.sort(test)],
+        test_labels=data.train_labels[np.sort(test)],
+    )
+
+
+def tune(recipe: Recipe, lr: float, data: Dataset, epochs: int, output_epochs: int) -> float:
+    """Validation accuracy (0..1) of one short run; 0 if it diverges."""
+    profile = dataclasses.replace(CIFAR10["cpu"], epochs=epochs, output_epochs=output_epochs)
+    x = torch.zeros(profile.batch_size, *data.shape)
+    net = recipe.network(profile, data, seed=0, x=x)
+    try:
+        history = fit(
+            net,
+            recipe.method(),
+            data,
+            epochs=recipe.epochs(profile, len(net)),
+            channels_last=True,
+            progress=False,
+        )
+    except FloatingPointError:
+        return 0.0
+    return float(history.final["test_accuracy"])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("names", nargs="*", help="recipes (default: all that are tuned)")
+    parser.add_argument("--out", default="book/results/tuning.json")
+    parser.add_argument("--n-train", type=int, default=10_000)
+    parser.add_argument("--n-test", type=int, default=5_000)
+    parser.add_argument("--epochs", type=int, default=4)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    data = held_out(datasets.load("cifar10"), options.n_train, options.n_test)
+    out = Path(options.out)
+    for name in options.names or TUNED:
+        for lr in RATES:
+            accuracy = tune(TUNED[name](lr), lr, data, options.epochs, options.epochs)
+            print(f"{name:<32} lr {lr:<6} validation accuracy {accuracy:.4f}", flush=True)
+            table = json.loads(out.read_text()) if out.exists() else {"rows": []}
+            table["settings"] = {
+                "data": f"cifar10, {options.n_train} training and {options.n_test} held-out images",
+                "epochs": options.epochs,
+            }
+            table["rows"].append({"recipe": name, "lr": lr, "validation_accuracy": accuracy})
+            write(table, out)
+
+
+if __name__ == "__main__":
+    main()

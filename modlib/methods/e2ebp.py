@@ -1,0 +1,42 @@
+r"""End-to-end backpropagation: the whole network is one module with one objective.
+
+.. math:: \theta \leftarrow \theta - \eta\, \nabla_\theta\, \mathrm{CE}\bigl(f_K \circ \dots \circ f_1 (x), y\bigr)
+
+Source: Rumelhart, Hinton & Williams 1986. Category measured by the audit: end-to-end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from modlib.methods.method import MakeOptimizer, Method, Stage
+from modlib.network import ModularNetwork
+from modlib.objectives import CrossEntropy, Objective
+
+
+class E2EBP(Method):
+    """Train all modules together by the gradient of one loss on the last output.
+
+    Args:
+        objective: the loss on the network's output; cross-entropy if None.
+        optimizer: makes the optimiser from the network's parameters.
+
+    >>> import modlib
+    >>> net = modlib.partition(modlib.networks.mlp([64, 32, 10]), modules=2)
+    >>> data = modlib.data.load("digits").subset(n_train=256, n_test=64)
+    >>> len(modlib.fit(net, E2EBP(), data, epochs=2, progress=False).rows)
+    2
+    """
+
+    def __init__(
+        self,
+        objective: Objective | None = None,
+        optimizer: MakeOptimizer | Sequence[MakeOptimizer] | None = None,
+    ) -> None:
+        super().__init__(optimizer)
+        self.objective = CrossEntropy() if objective is None else objective
+
+    def stages(self, net: ModularNetwork, x: Tensor) -> list[Stage]:
+        return [Stage([net], [self.objective], self.make_optimizers([[net, self.objective]]))]

@@ -1,0 +1,182 @@
+r"""What all methods share: a network becomes *stages*, and a stage knows how to take one step.
+
+.. math:: h_k = f_k(\mathrm{stop}(h_{k-1})), \qquad
+          \theta_k \leftarrow \theta_k - \eta\, \nabla_{\theta_k} L_k(h_k, y)
+
+One step of a stage updates the modules it holds, each on an objective of its own. End-to-end
+backpropagation is one stage that holds the whole network as ONE module; simultaneous local learning
+is one stage that holds K modules; modular training is K stages that hold one module each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from modlib.network import ModularNetwork
+from modlib.objectives import Objective
+
+MakeOptimizer = Callable[[Iterable[nn.Parameter]], Optimizer]
+
+
+def sgd(
+    lr: float = 0.1, momentum: float = 0.9, weight_decay: float = 5e-4, nesterov: bool = True
+) -> MakeOptimizer:
+    """Stochastic gradient descent with Nesterov momentum, to be made for each module.
+
+    Any ``functools.partial(torch.optim.AdamW, lr=...)`` serves in its place.
+    """
+    return partial(
+        torch.optim.SGD,
+        lr=lr,
+        momentum=momentum,
+        weight_decay=weight_decay,
+        nesterov=nesterov and momentum > 0,
+    )
+
+
+class Batches(Protocol):
+    """What a stage trains on: a known number of batches an epoch, fixed by (seed, epoch) alone."""
+
+    @property
+    def random(self) -> bool: ...
+    def __len__(self) -> int: ...
+    def epoch(self, seed: int, epoch: int) -> Iterator[tuple[Tensor, Tensor]]: ...
+
+
+class Stage:
+    """A phase of training in which the same modules are updated in every step.
+
+    Args:
+        modules: what is trained, in the order of the forward pass.
+        objectives: one for each module, called as ``objective(h, y)``.
+        optimizers: one for each module, over its parameters and its objective's.
+        frozen: modules that run before the first trained one; they stay as they are, in eval mode.
+        complete: True when the stage trains the network's last module, so that the network can be
+            evaluated after it.
+
+    Attributes:
+        autocast: makes the context in which modules and objectives run (mixed precision).
+        scalers: one gradient scaler for each module; disabled unless training is in float16.
+    """
+
+    def __init__(
+        self,
+        modules: Sequence[nn.Module],
+        objectives: Sequence[Objective],
+        optimizers: Sequence[Optimizer],
+        frozen: Sequence[nn.Module] = (),
+        complete: bool = True,
+    ) -> None:
+        self.modules, self.objectives = list(modules), list(objectives)
+        self.optimizers, self.frozen = list(optimizers), list(frozen)
+        self.complete = complete
+        self.autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
+        self.scalers = [torch.amp.GradScaler(enabled=False) for _ in self.optimizers]
+
+    def train(self) -> None:
+        """Put what is trained into training mode, and what is frozen into eval mode."""
+        for module in self.frozen:
+            module.eval()
+        for module in [*self.modules, *self.objectives]:
+            module.train()
+
+    def step(self, x: Tensor, y: Tensor) -> Tensor:
+        """Update every module of the stage on one batch.
+
+        Each backward pass runs before the next module's forward pass, so autograd holds the
+        activations of one module at a time. What is passed on is the output before the update.
+
+        Args:
+            x: the network's input (N, ...).
+            y: labels (N,).
+
+        Returns:
+            The objectives' values before the update, one for each module.
+        """
+        with self.autocast():
+            x = self.features(x)
+        losses = []
+        for module, objective, optimizer, scaler in zip(
+            self.modules, self.objectives, self.optimizers, self.scalers, strict=True
+        ):
+            with self.autocast():
+                x = module(x.detach())  # the boundary: no gradient passes it
+                loss = objective(x, y)
+            update(loss, optimizer, scaler)
+            losses.append(loss.detach())
+        return torch.stack(losses)
+
+    @torch.no_grad()
+    def features(self, x: Tensor) -> Tensor:
+        """The frozen modules' output, the input of the first trained module."""
+        for module in self.frozen:
+            x = module(x)
+        return x
+
+    def batches(self, batches: Batches, seed: int) -> Batches:
+        """What to train on, given batches of the network's input; a stage may cache features."""
+        return batches
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that resuming needs beside the network's own weights."""
+        return {
+            "objectives": [objective.state_dict() for objective in self.objectives],
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+            "scalers": [scaler.state_dict() for scaler in self.scalers],
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for name in ("objectives", "optimizers", "scalers"):
+            for part, saved in zip(getattr(self, name), state[name], strict=True):
+                part.load_state_dict(saved)
+
+
+def update(loss: Tensor, optimizer: Optimizer, scaler: torch.amp.GradScaler) -> None:
+    """One step of an optimiser down the gradient of a loss."""
+    optimizer.zero_grad(set_to_none=True)
+    scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+    scaler.step(optimizer)
+    scaler.update()
+
+
+class Method:
+    """How a network is trained: turns it into stages that ``modlib.fit`` runs one after another.
+
+    Args:
+        optimizer: makes one module's optimiser from its parameters; or a list, one for each module.
+    """
+
+    def __init__(self, optimizer: MakeOptimizer | Sequence[MakeOptimizer] | None = None) -> None:
+        self.optimizer = sgd() if optimizer is None else optimizer
+
+    def stages(self, net: ModularNetwork, x: Tensor) -> list[Stage]:
+        """The stages of training ``net``.
+
+        Args:
+            net: the network, cut into modules.
+            x: a batch (N, ...) like those it will be trained on; only its shape matters.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must define stages(net, x).")
+
+    def make_optimizers(self, owners: Sequence[Sequence[nn.Module]]) -> list[Optimizer]:
+        """One optimiser for each group of modules (a module and its objective, say)."""
+        if callable(self.optimizer):
+            makers: Sequence[MakeOptimizer] = [self.optimizer] * len(owners)
+        else:
+            makers = self.optimizer
+        if len(makers) != len(owners):
+            raise ValueError(
+                f"optimizer: {len(makers)} given for {len(owners)} modules that are trained apart; "
+                "give one for all, or one for each."
+            )
+        return [
+            make([p for owner in group for p in owner.parameters()])
+            for make, group in zip(makers, owners, strict=True)
+        ]

@@ -1,0 +1,85 @@
+r"""Proxy objectives: strictly modular training, one module after another.
+
+.. math:: \theta_k \leftarrow \theta_k - \eta\, \nabla_{\theta_k} L\bigl(G(h_k), K^*(y)\bigr), \qquad
+          h_k = f_k(\bar f_{k-1} \circ \dots \circ \bar f_1(x))
+
+where :math:`\bar f` is frozen, in eval mode. No later module runs while an earlier one trains; the
+hidden modules use labels only to tell pairs of the same class from pairs of different classes.
+
+Source: Duan, Yu & Principe 2022 (arXiv 2005.05541), algorithm of section IV; survey (arXiv
+2101.03419), section on proxy objectives. Category measured by the audit: modular.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from modlib.kernels import FeatureMap
+from modlib.methods.local import LocalLearning
+from modlib.methods.method import MakeOptimizer, Stage
+from modlib.network import ModularNetwork
+from modlib.objectives import LogContrastive, Objective, ProxyLoss
+
+
+class ProxyObjective(LocalLearning):
+    """Train hidden modules on a proxy objective, then the output module on the task's loss.
+
+    The last module must begin with a ``kernels.FeatureMap``: it is the feature map of the kernel
+    whose Gram matrix the proxy shapes, and it stays in the deployed network.
+
+    Args:
+        objective: for every module but the last; ``LogContrastive("relu-pool")`` if None.
+        optimizer: makes one module's optimiser, or a list with one for each module.
+        output: the last module's objective; cross-entropy if None.
+        cache_features, views: as in ``LocalLearning``.
+
+    Raises:
+        ValueError: (when training starts) the last module does not begin with a feature map, or its
+            kernel is not the objective's.
+
+    >>> import modlib
+    >>> net = modlib.partition(modlib.networks.mlp([64, 32, 10], kernel="relu"), ["features"])
+    >>> data = modlib.data.load("digits").subset(n_train=256, n_test=64)
+    >>> method = ProxyObjective(modlib.objectives.SupCon(kernel="relu"))
+    >>> [row["stage"] for row in modlib.fit(net, method, data, epochs=1, progress=False).rows]
+    [0, 1]
+    """
+
+    def __init__(
+        self,
+        objective: Objective | None = None,
+        *,
+        optimizer: MakeOptimizer | Sequence[MakeOptimizer] | None = None,
+        output: Objective | None = None,
+        cache_features: bool = False,
+        views: int | None = None,
+    ) -> None:
+        super().__init__(
+            LogContrastive("relu-pool") if objective is None else objective,
+            in_turn=True,
+            optimizer=optimizer,
+            output=output,
+            cache_features=cache_features,
+            views=views,
+        )
+
+    def stages(self, net: ModularNetwork, x: Tensor) -> list[Stage]:
+        _check_feature_map(net, self.objective)
+        return super().stages(net, x)
+
+
+def _check_feature_map(net: ModularNetwork, objective: Objective) -> None:
+    first = next(iter(net[-1].children()))
+    if not isinstance(first, FeatureMap):
+        raise ValueError(
+            f"net: the output module begins with {type(first).__name__}, but modular training needs a "
+            "FeatureMap there; build the network with one and cut before it, for example "
+            "modlib.partition(modlib.networks.cnn(), ['features'])."
+        )
+    if isinstance(objective, ProxyLoss) and objective.kernel != first.kernel:
+        raise ValueError(
+            f"objective: its kernel is {objective.kernel.name!r}, but the output module's feature map "
+            f"has kernel {first.kernel.name!r}; give both the same."
+        )

@@ -1,0 +1,279 @@
+"""A network as a list of modules: the one structure on which every method of the survey works.
+
+Any network whose layers form a chain can be cut: ``nn.Sequential``, torchvision's ResNets and VGGs,
+or your own class, whose ``forward`` is traced to find the chain. Layers are shared with the network
+that
+was cut, not copied: training the modules trains the network.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
+from typing import Any, cast
+
+import torch
+from torch import Tensor, fx, nn
+
+from modlib.memory import activation_bytes
+
+Chain = list[tuple[str, nn.Module]]
+
+
+class ModularNetwork(nn.Sequential):
+    """K modules that run one after another; ``net[k]`` is module k and ``net(x)`` the whole network.
+
+    Attributes:
+        names: for each module, the names of its layers in the network that was cut.
+
+    >>> import modlib
+    >>> net = modlib.partition(modlib.networks.mlp([4, 8, 8, 3]), modules=["layer2", "head"])
+    >>> len(net), net.names[1]
+    (3, ('layer2',))
+    """
+
+    def __init__(self, modules: Sequence[Chain]) -> None:
+        super().__init__(*(nn.Sequential(OrderedDict(_attribute_names(m))) for m in modules))
+        self.names = tuple(tuple(name for name, _ in chain) for chain in modules)
+
+    def __iter__(self) -> Iterator[nn.Sequential]:
+        return cast("Iterator[nn.Sequential]", super().__iter__())
+
+    def outputs(self, x: Tensor) -> list[Tensor]:
+        """The output of every module for a batch x (N, ...), in order; each is (N, ...)."""
+        outputs = []
+        for module in self:
+            x = module(x)
+            outputs.append(x)
+        return outputs
+
+    def shapes(self, x: Tensor) -> list[tuple[int, ...]]:
+        """The shape of every module's output for a batch like x, without the batch dimension.
+
+        Runs the network once in eval mode, without gradients; changes nothing.
+        """
+        training = {m: m.training for m in self.modules()}
+        self.eval()
+        with torch.no_grad():
+            shapes = [tuple(h.shape[1:]) for h in self.outputs(x)]
+        for module, mode in training.items():
+            module.training = mode
+        return shapes
+
+
+def partition(
+    net: nn.Module, modules: int | Sequence[str], sample: Tensor | None = None
+) -> ModularNetwork:
+    """Cut a network into modules.
+
+    Args:
+        net: a network whose layers form a chain. Skip connections must lie inside one layer (as in
+            torchvision's residual blocks); see ``layer_names`` for the names.
+        modules: by count, a number K; or by name, the layer with which each module but the first
+            begins (K - 1 names).
+        sample: with a count, a batch (N, ...): the cut then makes the largest module's activation
+            memory (bytes that autograd saves, measured on the batch) as small as it can be. Without
+            it, modules get equal numbers of layers.
+
+    Returns:
+        The K modules as one network. The layers are those of ``net``, not copies; an activation with
+        which a module begins no longer works in place, since its input is another module's output.
+
+    Raises:
+        ValueError: K is larger than the number of layers, a name is unknown or out of order, or the
+            network is not a chain there.
+
+    >>> import torch, torchvision
+    >>> resnet = torchvision.models.resnet18(num_classes=10)
+    >>> partition(resnet, modules=["layer2.0", "layer4.0"]).names[2]
+    ('layer4.0', 'layer4.1', 'avgpool', 'flatten', 'fc')
+    >>> len(partition(resnet, modules=4, sample=torch.zeros(2, 3, 32, 32)))
+    4
+    """
+    chain = _chain(net)
+    if isinstance(modules, int):
+        starts = _starts_by_count(chain, modules, sample)
+    else:
+        starts = _starts_by_name(chain, modules)
+    for start in starts:
+        _keep_input(chain[start][1])
+    return ModularNetwork([chain[a:b] for a, b in pairwise([*starts, len(chain)])])
+
+
+def layer_names(net: nn.Module) -> list[str]:
+    """The names before which a network can be cut.
+
+    >>> import modlib
+    >>> layer_names(modlib.networks.mlp([4, 8, 3]))
+    ['layer1', 'head']
+    """
+    return [name for name, _ in _chain(net)]
+
+
+# --- where to cut ---------------------------------------------------------------------------------
+
+
+def _keep_input(layer: nn.Module) -> None:
+    if getattr(layer, "inplace", False):
+        layer.inplace = False  # type: ignore[assignment]
+
+
+def _starts_by_name(chain: Chain, names: Sequence[str]) -> list[int]:
+    known = [name for name, _ in chain]
+    for name in names:
+        if name not in known:
+            raise ValueError(
+                f"modules: the network cannot be cut at {name!r}; it can be cut before any of "
+                f"{', '.join(known[1:])}."
+            )
+    starts = [0, *(known.index(name) for name in names)]
+    if any(a >= b for a, b in pairwise(starts)):
+        raise ValueError(
+            f"modules: {list(names)} are not in the network's order, or name its first layer "
+            f"{known[0]!r}; give the later modules' first layers in order."
+        )
+    return starts
+
+
+def _starts_by_count(chain: Chain, modules: int, sample: Tensor | None) -> list[int]:
+    if not 1 <= modules <= len(chain):
+        raise ValueError(
+            f"modules={modules}, but the network has {len(chain)} layers that can be separated; "
+            f"choose between 1 and {len(chain)}."
+        )
+    costs = [1] * len(chain) if sample is None else _measured_costs(chain, sample)
+    return _balanced_starts(costs, modules)
+
+
+def _measured_costs(chain: Chain, x: Tensor) -> list[int]:
+    costs = []
+    for _, layer in chain:
+        cost, x = activation_bytes(copy.deepcopy(layer), x)  # batch norm keeps its statistics
+        costs.append(cost)
+    return costs
+
+
+def _balanced_starts(costs: Sequence[int], modules: int) -> list[int]:
+    """Cut ``costs`` into contiguous parts whose largest sum is least (dynamic programming)."""
+    n = len(costs)
+    best = [[0.0] + [float("inf")] * n]  # best[k][j]: least largest sum, first j layers in k parts
+    cut: list[list[int]] = [[0] * (n + 1)]
+    for k in range(1, modules + 1):
+        row, cuts = [float("inf")] * (n + 1), [0] * (n + 1)
+        for j in range(k, n + 1):
+            row[j], cuts[j] = min(
+                (max(best[k - 1][i], float(sum(costs[i:j]))), i) for i in range(k - 1, j)
+            )
+        best.append(row)
+        cut.append(cuts)
+    starts, j = [], n
+    for k in range(modules, 0, -1):
+        j = cut[k][j]
+        starts.append(j)
+    return starts[::-1]
+
+
+# --- the chain of layers --------------------------------------------------------------------------
+
+
+class _Apply(nn.Module):
+    """A function between two layers (``torch.flatten`` in torchvision's forward) as a layer."""
+
+    def __init__(
+        self, function: Callable[..., Any] | str, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        super().__init__()
+        self.function, self.args, self.kwargs = function, args, kwargs
+
+    def forward(self, x: Tensor) -> Tensor:
+        function = (
+            getattr(type(x), self.function) if isinstance(self.function, str) else self.function
+        )
+        return cast(Tensor, function(x, *self.args, **self.kwargs))
+
+    def extra_repr(self) -> str:
+        return str(self.function)
+
+
+class _Tracer(fx.Tracer):
+    """Looks into the network and its ``nn.Sequential`` containers, but into no layer."""
+
+    def is_leaf_module(self, module: nn.Module, name: str) -> bool:
+        return type(module) is not nn.Sequential
+
+
+def _chain(net: nn.Module) -> Chain:
+    if isinstance(net, ModularNetwork):  # cut it anew
+        layers = [layer for module in net for layer in module]
+        names = [name for module in net.names for name in module]
+        return list(zip(names, layers, strict=True))
+    if isinstance(net, nn.Sequential):
+        return _flattened(net)
+    return _traced(net)
+
+
+def _flattened(net: nn.Sequential, prefix: str = "") -> Chain:
+    chain: Chain = []
+    for name, layer in net.named_children():
+        if type(layer) is nn.Sequential:
+            chain += _flattened(layer, f"{prefix}{name}.")
+        else:
+            chain.append((prefix + name, layer))
+    if not chain:
+        raise ValueError("net: an empty network cannot be cut; give it at least one layer.")
+    return chain
+
+
+def _traced(net: nn.Module) -> Chain:
+    try:
+        graph = _Tracer().trace(net)
+    except Exception as error:
+        raise ValueError(
+            f"net: the forward of {type(net).__name__} cannot be followed ({error}); "
+            "write it as a chain of layers, for example with nn.Sequential."
+        ) from error
+    chain: Chain = []
+    previous: fx.Node | None = None
+    for node in graph.nodes:
+        if node.op == "output":
+            break
+        if node.op != "placeholder":
+            _check_chain(net, node, previous)
+            chain.append((node.name, _layer(net, node)))
+            if node.op == "call_module":
+                chain[-1] = (str(node.target), chain[-1][1])
+        previous = node
+    _check_unshared(chain)
+    return chain
+
+
+def _check_chain(net: nn.Module, node: fx.Node, previous: fx.Node | None) -> None:
+    if node.op == "get_attr" or node.all_input_nodes != [previous] or node.args[:1] != (previous,):
+        raise ValueError(
+            f"net: {type(net).__name__} is not a chain at {node.name!r}, which uses something other "
+            "than the layer before it; put skip connections and extra inputs inside one layer."
+        )
+
+
+def _check_unshared(chain: Chain) -> None:
+    owner: dict[int, str] = {}
+    for name, layer in chain:
+        for parameter in layer.parameters():
+            if owner.setdefault(id(parameter), name) != name:
+                raise ValueError(
+                    f"net: {owner[id(parameter)]!r} and {name!r} share weights, so no cut between "
+                    "them isolates a module; give each its own."
+                )
+
+
+def _layer(net: nn.Module, node: fx.Node) -> nn.Module:
+    if node.op == "call_module":
+        return net.get_submodule(str(node.target))
+    return _Apply(node.target, tuple(node.args[1:]), dict(node.kwargs))
+
+
+def _attribute_names(chain: Chain) -> list[tuple[str, nn.Module]]:
+    """torch allows no dots in a child's name."""
+    return [(name.replace(".", "_"), layer) for name, layer in chain]

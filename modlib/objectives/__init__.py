@@ -1,0 +1,33 @@
+"""What ONE module is trained on. Each is called as ``objective(h, y)`` and returns a scalar to minimise.
+
+Any of them works alone, in a training loop of your own: ``objective(module(x), y).backward()``.
+"""
+
+from modlib.objectives.objective import Objective
+from modlib.objectives.proxy import (
+    NMSE,
+    Alignment,
+    CentredAlignment,
+    Contrastive,
+    LogContrastive,
+    ProxyLoss,
+    Raw,
+    SupCon,
+    UpperTriangleAlignment,
+)
+from modlib.objectives.supervised import AuxiliaryClassifier, CrossEntropy
+
+__all__ = [
+    "NMSE",
+    "Alignment",
+    "AuxiliaryClassifier",
+    "CentredAlignment",
+    "Contrastive",
+    "CrossEntropy",
+    "LogContrastive",
+    "Objective",
+    "ProxyLoss",
+    "Raw",
+    "SupCon",
+    "UpperTriangleAlignment",
+]

@@ -1,0 +1,30 @@
+"""What every objective has in common: a scalar from a module's output and the labels."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Self
+
+from torch import Tensor, nn
+
+
+class Objective(nn.Module):
+    """A local objective: ``objective(h, y)`` is a scalar to be minimised.
+
+    h is a module's output, (N, d) or (N, C, H, W); y are labels (N,). An objective may own
+    trainable parameters (an auxiliary network); they are trained with the module and dropped
+    afterwards.
+    """
+
+    def for_module(self, shape: Sequence[int], classes: int) -> Self:
+        """This objective made ready for one module; methods call it once for each.
+
+        Args:
+            shape: of the module's output, without the batch dimension.
+            classes: number of classes of the task.
+        """
+        return copy.deepcopy(self)
+
+    def forward(self, h: Tensor, y: Tensor) -> Tensor:
+        raise NotImplementedError(f"{type(self).__name__} must define forward(h, y) -> scalar.")

@@ -1,0 +1,415 @@
+"""The one training loop: every method, every network, every data set."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from tqdm.auto import tqdm
+
+from modlib import checkpoints
+from modlib.data import Augment, Dataset, Loader, default_augment
+from modlib.data.loader import Split
+from modlib.methods import Method, Stage
+from modlib.network import ModularNetwork, partition
+
+Schedule = Callable[[float], float]
+Row = dict[str, Any]
+
+SCHEDULES: dict[str, Schedule] = {
+    "constant": lambda progress: 1.0,
+    "one-cycle": lambda progress: progress / 0.2 if progress < 0.2 else (1 - progress) / 0.8,
+    "cosine": lambda progress: 0.5 * (1 + torch.cos(torch.tensor(torch.pi * progress)).item()),
+}
+
+
+@dataclass
+class History:
+    """What happened in training, epoch by epoch.
+
+    Attributes:
+        rows: one for each epoch: ``stage``, ``epoch`` (within the stage), ``losses`` (the mean of
+            each trained module's objective) and ``test_accuracy`` (None until the last module is
+            trained).
+        seconds: training time of each row; apart, because it is the one thing that never repeats.
+    """
+
+    rows: list[Row] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list, compare=False)
+
+    @property
+    def final(self) -> Row:
+        """The last epoch's row: results are quoted at the end, not at their best."""
+        if not self.rows:
+            raise ValueError("The history is empty: train at least one epoch.")
+        return self.rows[-1]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """How a network does on a split: ``accuracy`` in 0..1, mean cross-entropy ``loss`` (nats), ``n``."""
+
+    accuracy: float
+    loss: float
+    n: int
+
+
+@dataclass(frozen=True)
+class _Settings:
+    """Everything that decides the course of a run, and must be the same when it resumes."""
+
+    epochs: tuple[int, ...]
+    batch_size: int
+    seed: int
+    schedule: str
+    precision: str
+    augment: str
+    method: str
+    data: str
+
+
+def fit(
+    net: nn.Module,
+    method: Method,
+    data: Dataset,
+    *,
+    epochs: int | Sequence[int] = 10,
+    batch_size: int = 128,
+    seed: int = 0,
+    device: str | torch.device = "auto",
+    precision: str = "auto",
+    channels_last: bool = False,
+    augment: Augment | str | None = "auto",
+    schedule: str | Schedule = "one-cycle",
+    checkpoint: str | Path | None = None,
+    resume: bool = False,
+    progress: bool = True,
+    after_epoch: Callable[[nn.Module, Row], None] | None = None,
+) -> History:
+    """Train a network by a method.
+
+    The same seed gives the same history, bit for bit, on a CPU with the same number of threads. The
+    network's initial weights are its own (give a seed where you build it); ``seed`` decides the
+    order of the data, the augmentation, auxiliary networks' weights, dropout and noise.
+
+    Args:
+        net: a network from ``modlib.partition``; any other module counts as one module.
+        method: how it is trained.
+        data: what it is trained on.
+        epochs: of every stage, or a list with one number for each stage.
+        batch_size: images a step; the remainder of an epoch is dropped.
+        device: "auto" takes CUDA, then MPS, then the CPU.
+        precision: "float32", "bfloat16", "float16" (with gradient scaling); "auto" takes bfloat16
+            where CUDA has it in hardware, float16 on older CUDA devices, else float32.
+        channels_last: store images and weights as NHWC, faster for convolutions on most hardware.
+        augment: "auto" does what is usual for the data set; None nothing; or a ``data.Augment``.
+        schedule: factor on the learning rates: "one-cycle" (up for a fifth of the stage, down to
+            0), "cosine", "constant", or a function of progress in [0, 1).
+        checkpoint: a file that holds the run's state after every epoch.
+        resume: go on from the checkpoint, if there is one.
+        progress: show a progress bar.
+        after_epoch: called with the network and the epoch's row, to which it may add measurements.
+
+    Returns:
+        The history; the network is trained in place and left in eval mode.
+
+    Raises:
+        ValueError: an argument cannot work; nothing has been run or written.
+        FloatingPointError: an objective became infinite or NaN; the checkpoint holds the last good
+            epoch.
+    """
+    device = pick_device(device)
+    net = net if isinstance(net, ModularNetwork) else partition(net, 1)
+    augmentation = _augment(augment, data)
+    _check_positive("batch_size", batch_size)
+    factor = _schedule(schedule)
+    precision = _precision(precision, device)
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    net.to(device, memory_format=layout)  # type: ignore[call-overload]
+    loader = Loader(
+        data,
+        "train",
+        batch_size,
+        device=device,
+        augment=augmentation or False,
+        channels_last=channels_last,
+    )
+    if len(loader) == 0:
+        raise ValueError(f"batch_size={batch_size} is larger than the {loader.n} training images.")
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        sample, _ = loader.sample(min(batch_size, 8))
+        _check_output(net, sample, data)
+        stages = method.stages(net, sample)
+        lengths = _epochs(epochs, len(stages))
+        settings = _Settings(
+            lengths,
+            batch_size,
+            seed,
+            schedule if isinstance(schedule, str) else "function",
+            precision,
+            repr(augmentation),
+            f"{type(method).__name__} of {len(net)} modules in {len(stages)} stages",
+            f"{data.name} ({loader.n} images)",
+        )
+        for stage in stages:
+            _set_precision(stage, precision, device)
+        run = _Run(net, stages, settings, factor, History())
+        if checkpoint is not None:
+            run.checkpoint = checkpoints.Checkpoint(checkpoint, settings.__dict__, resume)
+        run.train(loader, data, progress, after_epoch)
+    net.eval()
+    return run.history
+
+
+class _Run:
+    """The state of one training run: where it is, and how to go on from there."""
+
+    def __init__(
+        self,
+        net: ModularNetwork,
+        stages: list[Stage],
+        settings: _Settings,
+        factor: Schedule,
+        history: History,
+    ) -> None:
+        self.net, self.stages, self.settings = net, stages, settings
+        self.factor, self.history = factor, history
+        self.checkpoint: checkpoints.Checkpoint | None = None
+
+    def train(
+        self,
+        loader: Loader,
+        data: Dataset,
+        progress: bool,
+        after_epoch: Callable[[nn.Module, Row], None] | None,
+    ) -> None:
+        start, first_epoch = self._restore()
+        seed = self.settings.seed
+        for number, stage in enumerate(self.stages[start:], start):
+            epochs = self.settings.epochs[number]
+            begin = first_epoch if number == start else 0
+            if begin == epochs:
+                continue
+            batches = stage.batches(loader, seed)
+            total = epochs * len(batches)
+            for epoch in range(begin, epochs):
+                clock = time.perf_counter()
+                stage.train()
+                steps = self._shown(
+                    batches.epoch(seed, epoch), len(batches), number, epoch, progress
+                )
+                losses = torch.zeros(())
+                for step, (x, y) in enumerate(steps, epoch * len(batches)):
+                    self._set_rate(stage, step / total)
+                    losses = losses + stage.step(x, y)
+                seconds = time.perf_counter() - clock
+                self._finish(number, epoch, losses / len(batches), seconds, data, after_epoch)
+
+    def _finish(
+        self,
+        stage: int,
+        epoch: int,
+        losses: Tensor,
+        seconds: float,
+        data: Dataset,
+        after_epoch: Callable[[nn.Module, Row], None] | None,
+    ) -> None:
+        if not bool(losses.isfinite().all()):
+            raise FloatingPointError(
+                f"Stage {stage}, epoch {epoch}: an objective became {losses.tolist()}; lower the "
+                "learning rate."
+            )
+        row: Row = {
+            "stage": stage,
+            "epoch": epoch,
+            "losses": losses.tolist(),
+            "test_accuracy": None,
+        }
+        if self.stages[stage].complete:
+            row["test_accuracy"] = evaluate(self.net, data).accuracy
+        if after_epoch is not None:
+            after_epoch(self.net, row)
+        self.history.rows.append(row)
+        self.history.seconds.append(seconds)
+        if self.checkpoint is not None:
+            self.checkpoint.save(self._state(stage, epoch + 1))
+
+    def _set_rate(self, stage: Stage, progress: float) -> None:
+        factor = self.factor(progress)
+        for optimizer in stage.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = group.setdefault("initial_lr", group["lr"]) * factor
+
+    def _shown(
+        self,
+        steps: Iterator[tuple[Tensor, Tensor]],
+        total: int,
+        stage: int,
+        epoch: int,
+        progress: bool,
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        name = f"epoch {epoch + 1}/{self.settings.epochs[stage]}"
+        if len(self.stages) > 1:
+            name = f"stage {stage + 1}/{len(self.stages)}, {name}"
+        return iter(tqdm(steps, name, total, leave=False, disable=not progress))
+
+    # --- checkpoints ------------------------------------------------------------------------------
+
+    def _state(self, stage: int, epoch: int) -> dict[str, Any]:
+        return {
+            "stage": stage,
+            "epoch": epoch,
+            "net": self.net.state_dict(),
+            "stage_state": self.stages[stage].state_dict(),
+            "rows": self.history.rows,
+            "seconds": self.history.seconds,
+            "random": checkpoints.random_state(),
+        }
+
+    def _restore(self) -> tuple[int, int]:
+        """Load the checkpoint, if there is one; where to go on: (stage, epoch)."""
+        state = None if self.checkpoint is None else self.checkpoint.load()
+        if state is None:
+            if self.checkpoint is not None:  # so that an interrupted first epoch leaves a file too
+                self.checkpoint.save(self._state(0, 0))
+            return 0, 0
+        self.net.load_state_dict(state["net"])
+        self.stages[state["stage"]].load_state_dict(state["stage_state"])
+        self.history = History(state["rows"], state["seconds"])
+        checkpoints.set_random_state(state["random"])
+        return state["stage"], state["epoch"]
+
+
+@torch.no_grad()
+def evaluate(
+    net: nn.Module, data: Dataset, split: Split = "test", batch_size: int = 500
+) -> Evaluation:
+    """Accuracy and cross-entropy of a network on a split, in eval mode, on the network's device.
+
+    Args:
+        net: maps images (N, C, H, W) to logits (N, classes).
+        data: what it is evaluated on.
+        split: "test" or "train"; the training images are not augmented here.
+
+    >>> import modlib
+    >>> digits = modlib.data.load("digits")
+    >>> modlib.evaluate(modlib.networks.mlp([64, 10]), digits).n == len(digits.test_labels)
+    True
+    """
+    reference = next(net.parameters())
+    loader = Loader(
+        data, split, batch_size, device=reference.device, shuffle=False, drop_last=False
+    )
+    training = net.training
+    net.eval()
+    correct, loss = (
+        torch.zeros((), device=reference.device),
+        torch.zeros((), device=reference.device),
+    )
+    for x, y in loader.epoch(0, 0):
+        logits = net(x.to(reference.dtype)).float()
+        correct += (logits.argmax(1) == y).sum()
+        loss += F.cross_entropy(logits, y, reduction="sum")
+    net.train(training)
+    return Evaluation(correct.item() / loader.n, loss.item() / loader.n, loader.n)
+
+
+# --- arguments ------------------------------------------------------------------------------------
+
+
+def pick_device(device: str | torch.device = "auto") -> torch.device:
+    """A device by name; "auto" takes CUDA, then MPS, then the CPU.
+
+    Raises:
+        ValueError: PyTorch cannot use that device here.
+    """
+    if device == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda", torch.cuda.current_device())
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(
+            f"device={str(device)!r} cannot be used here ({str(error).splitlines()[0]}); use 'auto' "
+            "or 'cpu'."
+        ) from error
+
+
+def _augment(augment: Augment | str | None, data: Dataset) -> Augment | None:
+    if augment is None or isinstance(augment, Augment):
+        return augment
+    if augment != "auto":
+        raise ValueError(f"augment={augment!r}: give 'auto', None or a data.Augment.")
+    return default_augment(data) or None
+
+
+def _precision(precision: str, device: torch.device) -> str:
+    known = ("auto", "float32", "bfloat16", "float16")
+    if precision not in known:
+        raise ValueError(f"precision={precision!r}: choose from {', '.join(known)}.")
+    if precision != "auto":
+        return precision
+    if device.type != "cuda":
+        return "float32"
+    return "bfloat16" if torch.cuda.get_device_capability(device) >= (8, 0) else "float16"
+
+
+def _set_precision(stage: Stage, precision: str, device: torch.device) -> None:
+    if precision == "float32":
+        return
+    dtype = getattr(torch, precision)
+    stage.autocast = partial(torch.autocast, device.type, dtype=dtype)
+    scale = precision == "float16"
+    stage.scalers = [torch.amp.GradScaler(device.type, enabled=scale) for _ in stage.optimizers]
+
+
+def _schedule(schedule: str | Schedule) -> Schedule:
+    if callable(schedule):
+        return schedule
+    if schedule not in SCHEDULES:
+        raise ValueError(
+            f"schedule={schedule!r}: choose from {', '.join(SCHEDULES)} or give a function of "
+            "progress in [0, 1)."
+        )
+    return SCHEDULES[schedule]
+
+
+def _epochs(epochs: int | Sequence[int], stages: int) -> tuple[int, ...]:
+    lengths = (epochs,) * stages if isinstance(epochs, int) else tuple(epochs)
+    if len(lengths) != stages:
+        raise ValueError(
+            f"epochs={list(lengths)} has {len(lengths)} numbers, but the method trains in {stages} "
+            "stages; give one number for all, or one for each."
+        )
+    for length in lengths:
+        _check_positive("epochs", length)
+    return lengths
+
+
+def _check_positive(name: str, value: int) -> None:
+    if value < 1:
+        raise ValueError(f"{name}={value}: give a whole number of at least 1.")
+
+
+def _check_output(net: ModularNetwork, sample: Tensor, data: Dataset) -> None:
+    try:
+        shape = net.shapes(sample)[-1]
+    except RuntimeError as error:
+        raise ValueError(
+            f"net: it cannot run on images of shape {tuple(sample.shape[1:])} of {data.name!r} "
+            f"({str(error).splitlines()[0]}); build it for that shape."
+        ) from error
+    if len(shape) != 1 or shape[0] < len(data.classes):
+        raise ValueError(
+            f"net: its output has shape {shape}, but {data.name!r} has {len(data.classes)} classes; "
+            f"its last layer must give {len(data.classes)} logits."
+        )
