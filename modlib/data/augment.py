@@ -1,25 +1,29 @@
-"""Augmentation of whole batches on the device: crop, flip, cutout, normalise."""
+"""Augmentation of whole batches on the device: crop, flip and cutout."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from modlib.data.dataset import Dataset
+from modlib.data.dataset import Array, Dataset
+
+_BLOCK_BYTES = 1 << 22  # padding goes over the images in blocks that stay in the cache
+_HANDED = ("digits", "mnist", "svhn")  # a mirrored digit is another sign
 
 
 @dataclass(frozen=True)
 class Augment:
-    """What is done to a training image; defaults are the usual ones for CIFAR.
+    """What is done to a training image; the defaults are the usual ones for CIFAR.
 
     Args:
         pad: pixels added on each side before a crop of the original size at random; 0: no crop.
         flip: mirror left to right with probability 1/2.
-        cutout: side in pixels of a square set to the mean colour, centred anywhere in the image
-            and clipped at its edge (DeVries and Taylor 2017, arXiv:1708.04552); 0: none.
+        cutout: side in pixels of a square set to the mean colour, its centre anywhere in the
+            image, clipped at the border (DeVries and Taylor 2017, arXiv:1708.04552); 0: none.
         mode: what the padding shows, "reflect" or "zeros" (black, as torchvision's RandomCrop).
 
     Raises:
@@ -41,14 +45,22 @@ class Augment:
         if self.mode not in ("reflect", "zeros"):
             raise ValueError(f"mode is {self.mode!r}; give 'reflect' or 'zeros'.")
 
+    @property
+    def random(self) -> bool:
+        """True if an image can come out in more than one way."""
+        return bool(self.pad or self.flip or self.cutout)
 
-_NO_FLIP = ("digits", "mnist", "fashion-mnist", "svhn")
+
+PLAIN = Augment(pad=0, flip=False)
 
 
 def default_augment(dataset: Dataset) -> Augment | Literal[False]:
-    """The customary augmentation of a data set: an eighth of the side to crop by, and a flip.
+    """The customary augmentation of a data set: a crop by an eighth of the side, and a flip.
 
-    Digits keep their handedness; vectors are left alone.
+    Digits are not mirrored; vectors are left alone.
+
+    Returns:
+        An ``Augment``, or False for vectors: what ``Loader(augment=...)`` takes.
 
     >>> from modlib.data import load
     >>> default_augment(load("digits")), default_augment(load("spirals"))
@@ -56,21 +68,110 @@ def default_augment(dataset: Dataset) -> Augment | Literal[False]:
     """
     if dataset.is_vector:
         return False
-    flip = not dataset.name.startswith(_NO_FLIP)
-    return Augment(pad=min(dataset.shape[1:]) // 8, flip=flip)
+    return Augment(pad=min(dataset.shape[1:]) // 8, flip=not dataset.name.startswith(_HANDED))
+
+
+class Windows:
+    """Padded images in one flat piece of memory, out of which crops are copied.
+
+    A crop starts ``row`` rows and ``column`` columns later than its padded image. Read from there
+    on, the memory looks like an image whose top left corner is the crop, so a batch of crops is
+    one contiguous copy an image and then the same slice of all. (A copy may run on into the next
+    image: those pixels lie outside the slice.) Mirrored images are stored beside the others, so
+    that a flip costs nothing but where the copy starts.
+
+    Args:
+        images: (N, H, W, C), uint8 or float.
+        augment: says how to pad, and whether mirrored images are wanted.
+        device: where to hold them.
+        planar: lay out each image as (C, H, W) instead of (H, W, C).
+    """
+
+    def __init__(self, images: Array, augment: Augment, device: torch.device, planar: bool) -> None:
+        self.n, self.height, self.width, self.channels = images.shape
+        self.pad, self.planar = augment.pad, planar
+        tall, wide = self.height + 2 * self.pad, self.width + 2 * self.pad
+        self._step = 1 if planar else self.channels  # elements from a column to the next
+        self._row, self._image = wide * self._step, tall * wide * self.channels
+        self._length = self._image if planar else self.height * self._row
+        copies = 1 + augment.flip
+        layout = (self.channels, tall, wide) if planar else (tall, wide, self.channels)
+        size = copies * self.n * self._image
+        dtype = torch.uint8 if images.dtype == np.uint8 else torch.float32
+        self._flat = torch.zeros(size + self._length, dtype=dtype, device=device)
+        store = self._flat[:size].view(copies, self.n, *layout)
+        block = max(1, _BLOCK_BYTES // self._image)
+        for start in range(0, self.n, block):
+            part = torch.from_numpy(np.array(images[start : start + block])).to(device)
+            padded = pad_images(part, self.pad, augment.mode)
+            for copy, image in zip(store, (padded, padded.flip(2)), strict=False):
+                copy[start : start + block] = image.permute(0, 3, 1, 2) if planar else image
+
+    @staticmethod
+    def bytes_needed(images: Array, augment: Augment) -> int:
+        """Memory that ``images`` (N, H, W, C) will take."""
+        n, height, width, channels = images.shape
+        pixels = (height + 2 * augment.pad) * (width + 2 * augment.pad)
+        return int((1 + augment.flip) * n * pixels * channels * images.dtype.itemsize)
+
+    def starts(self, image: Array, flip: Array, row: Array, column: Array) -> Tensor:
+        """Where crops start: all arguments integers (B,), ``row`` and ``column`` in 0..2 pad."""
+        start = (image + flip * self.n) * self._image + row * self._row + column * self._step
+        return torch.from_numpy(start).to(self._flat.device)
+
+    def crops(self, starts: Tensor) -> Tensor:
+        """The crops that start there, (B, C, H, W) if planar, else (B, H, W, C); not contiguous."""
+        copies = spans(self._flat, starts, self._length)
+        wide = self.width + 2 * self.pad
+        if self.planar:
+            padded = copies.view(len(starts), self.channels, self.height + 2 * self.pad, wide)
+            return padded[:, :, : self.height, : self.width]
+        return copies.view(len(starts), self.height, wide, self.channels)[:, :, : self.width]
+
+
+def spans(flat: Tensor, starts: Tensor, length: int) -> Tensor:
+    """Rows ``flat[s : s + length]`` for s in ``starts``: (B, length).
+
+    >>> spans(torch.arange(6), torch.tensor([3, 0]), 2)
+    tensor([[3, 4],
+            [0, 1]])
+    """
+    if flat.device.type == "cpu":
+        # Overlapping rows, one for each start there could be: selecting rows is a plain copy of
+        # memory, ten times faster here than an index for each element. Other devices would rather
+        # have the index, and not all can look at memory in this way.
+        rows = flat.as_strided((len(flat) - length + 1, length), (1, 1))
+        return rows.index_select(0, starts)
+    return flat[starts[:, None] + torch.arange(length, device=flat.device)]
 
 
 def pad_images(images: Tensor, pad: int, mode: str) -> Tensor:
-    """uint8 (N, H, W, C) to (N, H+2p, W+2p, C); torch pads no uint8 by reflection."""
+    """(N, H, W, C) to (N, H + 2 pad, W + 2 pad, C), "reflect" (3 2 | 1 2 3 ...) or "zeros".
+
+    Written out because torch reflects no uint8.
+
+    >>> pad_images(torch.arange(1, 4).view(1, 3, 1, 1).expand(1, 3, 3, 1), 1, "reflect")[0, :, 0, 0]
+    tensor([2, 1, 2, 3, 2])
+    """
     if pad == 0:
         return images
-    if mode == "zeros":
-        return torch.nn.functional.pad(images, (0, 0, pad, pad, pad, pad))
-    rows, columns = (_reflected(n, pad, images.device) for n in images.shape[1:3])
-    return images[:, rows][:, :, columns]
+    n, height, width, channels = images.shape
+    out = images.new_zeros((n, height + 2 * pad, width + 2 * pad, channels))
+    out[:, pad:-pad, pad:-pad] = images
+    if mode == "reflect":
+        for side in (out, out.transpose(1, 2)):  # rows, then whole columns: corners come right
+            side[:, :pad] = side[:, pad + 1 : 2 * pad + 1].flip(1)
+            side[:, -pad:] = side[:, -2 * pad - 1 : -pad - 1].flip(1)
+    return out
 
 
-def _reflected(n: int, pad: int, device: torch.device) -> Tensor:
-    """Indices of a side of n pixels reflected by pad: 2 1 | 0 1 2 3 | 2 1."""
-    position = torch.arange(-pad, n + pad, device=device).abs()
-    return torch.minimum(position, 2 * (n - 1) - position)
+def cutout_mask(row: Tensor, column: Tensor, side: int, height: int, width: int) -> Tensor:
+    """True inside a square with ``side`` pixels centred at (row, column), both (B,): (B, H, W).
+
+    >>> cutout_mask(torch.tensor([0]), torch.tensor([2]), 2, 2, 4).int()
+    tensor([[[0, 1, 1, 0],
+             [0, 0, 0, 0]]], dtype=torch.int32)
+    """
+    y = torch.arange(height, device=row.device) - (row[:, None] - side // 2)
+    x = torch.arange(width, device=row.device) - (column[:, None] - side // 2)
+    return ((y >= 0) & (y < side))[:, :, None] & ((x >= 0) & (x < side))[:, None, :]

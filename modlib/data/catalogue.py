@@ -1,48 +1,248 @@
-"""Data sets by name."""
+"""Data sets by name: find a prepared one, or prepare it, or say what to do."""
 
 from __future__ import annotations
 
-import json
+import difflib
 import os
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
-from modlib.data.dataset import Dataset
+from modlib.data.cache import PARTS, Root, read, root_folder
+from modlib.data.dataset import Array, Dataset, take
 from modlib.data.embedded import EMBEDDED
+from modlib.data.pictures import resized
+from modlib.data.sources import SOURCES, Source, Unreachable
+from modlib.data.trees import is_tree, prepare_tree
 
 
 def load(
     name: str,
-    root: str | os.PathLike[str] | None = None,
+    root: Root = None,
     *,
     classes: Sequence[str] | None = None,
     size: int | None = None,
 ) -> Dataset:
-    """Load by name (v1: embedded and prepared sets)."""
+    """A data set by its name, or a folder of images.
+
+    Prepared sets are memory-mapped from ``<root>/<name>``. One that is missing there is
+    downloaded, prepared once and kept; a folder of images is decoded once and kept likewise.
+
+    Args:
+        name: one of ``names()``; or a folder in ``root``; or the path of a folder tree
+            (train/<class>/*.jpg and val/ or test/ likewise) or of a prepared folder.
+        root: where prepared sets lie; by default $MODLIB_DATA, else the user's cache folder.
+        classes: names of the classes to keep, numbered 0, 1, ... in this order; all by default.
+        size: side in pixels of square RGB images. Trees: what images are scaled and cropped to.
+            Otherwise the images are resized in memory.
+
+    Returns:
+        A ``Dataset``.
+
+    Raises:
+        ValueError: if the name, a class or the size is unknown or impossible, or a prepared
+            folder is damaged: the message names the file and says what to do.
+        FileNotFoundError: if the set has to be fetched by hand.
+        ConnectionError: if it could not be downloaded; the message names the folder, the command
+            to prepare it by hand and a set that works offline.
+
+    >>> load("digits")
+    Dataset('digits', shape=(1, 8, 8), train=1437, test=360, classes=10)
+    >>> load("digits", size=32, classes=["3", "8"])
+    Dataset('digits-2classes-32px', shape=(3, 32, 32), train=285, test=72, classes=2)
+    """
+    _check_wishes(classes, size)
     if name in EMBEDDED:
-        return EMBEDDED[name](size) if name == "digits" else EMBEDDED[name]()
-    folder = Path(root or os.environ.get("MODLIB_DATA") or "~/.cache/modlib").expanduser() / name
-    if not folder.is_dir():
-        raise FileNotFoundError(f"{folder} does not exist.")
-    arrays = [
-        np.load(folder / f"{part}.npy", mmap_mode="r")
-        for part in ("train_images", "train_labels", "test_images", "test_labels")
-    ]
-    return Dataset(name, *arrays, tuple(json.loads((folder / "classes.json").read_text())))
+        return _derived(EMBEDDED[name](), classes, size)
+    folder, made_to_wish = _ensure(name, root_folder(root), classes, size)
+    dataset = read(folder)
+    return dataset if made_to_wish else _derived(dataset, classes, size)
 
 
 def names() -> tuple[str, ...]:
-    """Names that ``load`` knows."""
-    return tuple(EMBEDDED)
+    """Names that ``load`` knows: embedded sets first, then those that it can download.
+
+    >>> names()[:5]
+    ('digits', 'spirals', 'moons', 'rings', 'cifar10')
+    """
+    return (*EMBEDDED, *(name for name, source in SOURCES.items() if source.prepare))
 
 
-def explain(name: str) -> str:
-    """What a data set is (v1)."""
-    return name
+def prepare(
+    name: str,
+    root: Root = None,
+    *,
+    classes: Sequence[str] | None = None,
+    size: int | None = None,
+) -> Path:
+    """Make sure that a data set lies prepared on disk, and say where.
+
+    Args:
+        name: as for ``load``; embedded sets need no preparation.
+        root: as for ``load``.
+        classes: as for ``load``.
+        size: as for ``load``.
+
+    Returns:
+        The prepared folder, which has been read and found whole.
+
+    Raises:
+        ValueError: for an embedded set, and as ``load``.
+        FileNotFoundError: as ``load``.
+        ConnectionError: as ``load``.
+
+    >>> prepare("digits")
+    Traceback (most recent call last):
+    ValueError: name is 'digits', which is embedded and needs no preparation; load it.
+    """
+    _check_wishes(classes, size)
+    if name in EMBEDDED:
+        raise ValueError(f"name is {name!r}, which is embedded and needs no preparation; load it.")
+    folder, _ = _ensure(name, root_folder(root), classes, size)
+    read(folder)
+    return folder
 
 
-def prepare(name: str, root: str | os.PathLike[str] | None = None) -> Path:
-    """Prepare a data set (v1)."""
-    raise NotImplementedError
+def explain(name: str, root: Root = None) -> str:
+    """What a data set is, where it would lie, and how to get it there; reads and writes nothing.
+
+    Raises:
+        ValueError: if the name is unknown.
+
+    >>> print(explain("spirals"))
+    spirals: embedded, works offline: modlib.data.load('spirals')
+    >>> print(explain("imagewoof", root="/data"))  # doctest: +NORMALIZE_WHITESPACE
+    imagewoof: 12,954 ImageNet photos of 10 dog breeds
+    https://github.com/fastai/imagenette
+    This library does not download imagewoof: fetch it from https://github.com/fastai/imagenette,
+    unpack it and load the folder that holds train and val:
+    modlib.data.load('/path/to/imagewoof', size=128).
+    """
+    if name in EMBEDDED:
+        return f"{name}: embedded, works offline: modlib.data.load({name!r})"
+    place = root_folder(root)
+    if name not in SOURCES:
+        if (place / name).is_dir():
+            return f"{name}: prepared in {place / name}"
+        raise _unknown(name, place)
+    source, folder = SOURCES[name], place / name
+    about = f"{name}: {source.about}\n{source.page}\n"
+    if folder.is_dir():
+        return about + f"Prepared in {folder}."
+    if source.prepare is None:
+        return about + _by_hand(name)
+    return about + f"Not prepared in {folder} yet: {_how(name, place)}"
+
+
+def _ensure(
+    name: str, root: Path, classes: Sequence[str] | None, size: int | None
+) -> tuple[Path, bool]:
+    """The prepared folder, and whether it holds those classes in that size already."""
+    source = SOURCES.get(name)
+    if os.sep in name or "/" in name or name.startswith(("~", ".")):
+        folder = Path(name).expanduser().absolute()
+        if not folder.is_dir():
+            raise ValueError(f"name is {name!r} but there is no such folder; check the path.")
+    else:
+        folder = root / name
+        if source and source.size and size not in (None, source.size):
+            folder = root / f"{name}-{size}px"
+    if folder.is_dir():
+        if is_tree(folder):
+            return prepare_tree(folder, root, classes, size), True
+        return folder, False
+    if source is None:
+        raise _unknown(name, root)
+    _fetch(name, source, folder, size)
+    return folder, False
+
+
+def _fetch(name: str, source: Source, folder: Path, size: int | None) -> None:
+    if source.prepare is None:
+        raise FileNotFoundError(f"{folder} does not exist. {_by_hand(name)}")
+    root = folder.parent
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        # A folder of this call's own: what an earlier one left half unpacked is never trusted.
+        downloads = tempfile.TemporaryDirectory(prefix=f".{name}-downloading-", dir=root)
+    except OSError as error:
+        raise ValueError(
+            f"root is {root}, where nothing can be written ({error}); pass another root= or set "
+            f"MODLIB_DATA."
+        ) from error
+    print(f"{name}: downloading and preparing {folder} (once)")
+    with downloads:
+        try:
+            source.prepare(folder, Path(downloads.name), size or source.size)
+        except Unreachable as error:
+            raise ConnectionError(
+                f"{name} is not in {folder} and could not be downloaded ({error}); "
+                f"modlib.data.load('digits') works offline; to have {name}, {_how(name, root)}"
+            ) from error
+    print(f"{name}: prepared in {folder}")
+
+
+def _how(name: str, root: Path) -> str:
+    files = ", ".join(f"{part}.npy" for part in PARTS)
+    return (
+        f"run `modlib data {name} --root {root}` where there is a network, or put {files} and "
+        f"classes.json in {root / name}."
+    )
+
+
+def _by_hand(name: str) -> str:
+    return (
+        f"This library does not download {name}: fetch it from {SOURCES[name].page}, unpack it and "
+        f"load the folder that holds train and val: modlib.data.load('/path/to/{name}', size=128)."
+    )
+
+
+def _unknown(name: str, root: Path) -> ValueError:
+    known = [*EMBEDDED, *SOURCES]
+    close = difflib.get_close_matches(name, known, n=1)
+    hint = f"did you mean {close[0]!r}? " if close else ""
+    return ValueError(
+        f"name is {name!r}, which is neither a known data set nor a folder in {root}; {hint}known "
+        f"are {', '.join(known)}, and the path of a folder (with a / in it) is taken too."
+    )
+
+
+def _check_wishes(classes: Sequence[str] | None, size: int | None) -> None:
+    if isinstance(classes, str) or (
+        classes is not None and not all(isinstance(c, str) for c in classes)
+    ):
+        raise TypeError(f"classes is {classes!r}; give a list of names.")
+    if classes is not None and (len(classes) == 0 or len(set(classes)) < len(classes)):
+        raise ValueError(f"classes is {list(classes)!r}; name each class once, at least one.")
+    if size is not None and size < 1:
+        raise ValueError(f"size is {size}; give a number of pixels.")
+
+
+def _derived(dataset: Dataset, classes: Sequence[str] | None, size: int | None) -> Dataset:
+    if classes is not None:
+        dataset = _selected(dataset, classes)
+    if size is not None and dataset.shape != (3, size, size):
+        dataset = resized(dataset, size)
+    return dataset
+
+
+def _selected(dataset: Dataset, classes: Sequence[str]) -> Dataset:
+    """Only some classes, held in memory."""
+    unknown = [name for name in classes if name not in dataset.classes]
+    if unknown:
+        raise ValueError(
+            f"classes names {unknown[0]!r} but {dataset.name} has {', '.join(dataset.classes)}."
+        )
+    number = np.full(len(dataset.classes), -1)
+    number[[dataset.classes.index(name) for name in classes]] = np.arange(len(classes))
+
+    def kept(images: Array, labels: Array) -> tuple[Array, Array]:
+        index = np.flatnonzero(number[labels] >= 0)
+        return take(images, index), number[labels[index]]
+
+    train_x, train_y = kept(dataset.train_images, dataset.train_labels)
+    test_x, test_y = kept(dataset.test_images, dataset.test_labels)
+    name = f"{dataset.name}-{len(classes)}classes"
+    return Dataset(name, train_x, train_y, test_x, test_y, tuple(classes))

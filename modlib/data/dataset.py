@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 Array = NDArray[Any]
 Labels = NDArray[np.int64]
 
-_CHUNK_BYTES = 1 << 24  # statistics walk over a memory map in pieces of this size
+_CHUNK_BYTES = 1 << 21  # statistics walk over a memory map in pieces of this size
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -128,7 +128,9 @@ class Dataset:
                     f"n_{split} is {n} but {self.name} has {len(labels)} {split} images; "
                     f"give a number from 1 to {len(labels)} or None for all."
                 )
-            chosen = _balanced(labels, len(self.classes), n, np.random.default_rng((seed, position)))
+            chosen = _balanced(
+                labels, len(self.classes), n, np.random.default_rng((seed, position))
+            )
             changes[f"{split}_images"] = take(getattr(self, f"{split}_images"), chosen)
             changes[f"{split}_labels"] = labels[chosen]
         return replace(self, **changes)
@@ -160,14 +162,15 @@ def statistics(images: Array) -> tuple[tuple[float, ...], tuple[float, ...]]:
     if images.ndim == 2:
         mean, std = images.mean(0, dtype=np.float64), images.std(0, dtype=np.float64)
         return tuple(mean.tolist()), tuple(np.where(std > 0, std, 1.0).tolist())
-    step = max(1, _CHUNK_BYTES // int(np.prod(images.shape[1:])))
-    total = np.zeros(images.shape[-1], np.int64)
-    squares = np.zeros(images.shape[-1], np.int64)
+    channels = images.shape[-1]
+    total, squares = np.zeros(channels, np.int64), np.zeros(channels, np.int64)
+    # Squares of so few images still fit in 32 bits, and adding up images is fast (long rows).
+    step = min(1 << 16, max(1, _CHUNK_BYTES // int(np.prod(images.shape[1:]))))
     for start in range(0, len(images), step):
-        flat = np.asarray(images[start : start + step]).reshape(-1, images.shape[-1])
-        total += flat.sum(0, dtype=np.int64)
-        squares += np.square(flat, dtype=np.uint16).sum(0, dtype=np.int64)
-    count = images.size // images.shape[-1]
+        rows = np.asarray(images[start : start + step]).reshape(-1, images[0].size)
+        for sums, values in ((total, rows), (squares, np.square(rows, dtype=np.uint16))):
+            sums += values.sum(0, dtype=np.uint32).reshape(-1, channels).sum(0, dtype=np.int64)
+    count = images.size // channels
     # Integers of any size in Python: nothing is rounded before the last division.
     mean_ = tuple(int(s) / (255 * count) for s in total)
     variances = [count * int(q) - int(s) ** 2 for s, q in zip(total, squares, strict=True)]
@@ -193,9 +196,7 @@ def _checked_images(images: Array, what: str, name: str) -> Array:
     elif images.ndim == 2 and np.issubdtype(images.dtype, np.floating):
         good = images.astype(np.float32, copy=False)
         if not np.isfinite(good).all():
-            raise ValueError(
-                f"{name}: {what} holds NaN or infinity; remove or replace those rows."
-            )
+            raise ValueError(f"{name}: {what} holds NaN or infinity; remove or replace those rows.")
     else:
         raise TypeError(
             f"{name}: {what} is {images.dtype} of shape {images.shape}; give uint8 images "
@@ -215,9 +216,7 @@ def _checked_labels(labels: Array, what: str, name: str) -> Labels:
     return labels.astype(np.int64, copy=False)
 
 
-def _balanced(
-    labels: Labels, classes: int, n: int, rng: np.random.Generator
-) -> NDArray[np.int64]:
+def _balanced(labels: Labels, classes: int, n: int, rng: np.random.Generator) -> NDArray[np.int64]:
     """n positions, as evenly over the classes as there are images, in random order."""
     # The k-th image of every class comes before the (k+1)-th of any: cut after n.
     shuffled = rng.permutation(len(labels))

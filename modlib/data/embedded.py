@@ -13,32 +13,24 @@ _POINTS = 1000  # a split of each 2-D set
 _NOISE = 0.08
 
 
-def digits(size: int | None = None) -> Dataset:
-    """scikit-learn's 1,797 handwritten digits (UCI Optical Recognition of Handwritten Digits).
+def digits() -> Dataset:
+    """scikit-learn's 1,797 handwritten digits, 8x8, grey.
 
-    Args:
-        size: None for the original 8x8 images with one channel; a number of pixels for square
-            images of that size with 3 channels (bilinear), the shape CIFAR networks expect.
+    Source: E. Alpaydin and C. Kaynak, Optical Recognition of Handwritten Digits, UCI Machine
+    Learning Repository, 1998.
 
     Returns:
         A ``Dataset`` of 1,437 training and 360 test images, the test set balanced over classes.
 
-    >>> digits(size=32).shape
-    (3, 32, 32)
+    >>> digits().shape
+    (1, 8, 8)
     """
-    from PIL import Image
-    from sklearn.datasets import load_digits
+    from sklearn.datasets import load_digits  # here, because the import takes a second
 
     bunch = load_digits()
     # The original grey levels are 0..16.
-    images = np.rint(bunch.images * (255 / 16)).astype(np.uint8)
+    images = np.rint(bunch.images * (255 / 16)).astype(np.uint8)[..., None]
     labels = bunch.target.astype(np.int64)
-    if size is not None:
-        pictures = (Image.fromarray(image) for image in images)
-        images = np.stack(
-            [np.asarray(p.resize((size, size), Image.Resampling.BILINEAR)) for p in pictures]
-        )
-    images = np.repeat(images[..., None], 1 if size is None else 3, axis=-1)
     test = np.zeros(len(labels), bool)
     rng = np.random.default_rng(0)
     for c in range(10):
@@ -98,15 +90,17 @@ def _planar(
 ) -> Dataset:
     rng = np.random.default_rng(0)
     noise = _NOISE / 2 if name == "spirals" else _NOISE
-    splits: list[NDArray[np.float32] | NDArray[np.int64]] = []
-    for _ in ("train", "test"):
+
+    def split() -> tuple[NDArray[np.float32], NDArray[np.int64]]:
         labels = rng.permutation(_POINTS).astype(np.int64) % classes
         clean = points(rng.random(_POINTS), labels)
-        splits += [(clean + noise * rng.normal(size=clean.shape)).astype(np.float32), labels]
-    return Dataset(name, *splits, tuple(map(str, range(classes))))
+        return (clean + noise * rng.normal(size=clean.shape)).astype(np.float32), labels
+
+    (train_x, train_y), (test_x, test_y) = split(), split()
+    return Dataset(name, train_x, train_y, test_x, test_y)
 
 
-EMBEDDED: dict[str, Callable[..., Dataset]] = {
+EMBEDDED: dict[str, Callable[[], Dataset]] = {
     "digits": digits,
     "spirals": spirals,
     "moons": moons,

@@ -1,87 +1,240 @@
-"""Batches from a data set held on the device, augmented there."""
+"""Batches from images that stay on the device as uint8 and are augmented there."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
-from typing import Literal
+from pathlib import Path
+from typing import Literal, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from modlib.data.augment import Augment, default_augment, pad_images
-from modlib.data.dataset import Dataset
+from modlib.data.augment import PLAIN, Augment, Windows, cutout_mask, default_augment
+from modlib.data.dataset import Array, Dataset, take
 
 Batch = tuple[Tensor, Tensor]
+Split = Literal["train", "test"]
+Memory = Literal["auto", "device", "map"]
 
 
 class Loader:
-    """Batches of one split (v1)."""
+    """Normalised batches of one split, with no worker processes.
+
+    The images are held on the device as uint8, padded for the crops, and with their mirror
+    images if there are flips; each batch is then a few operations there. Where they do not fit,
+    batches are gathered from the memory map instead; the batches are the same.
+
+    Args:
+        dataset: what to load from.
+        split: "train" or "test".
+        batch_size: images in a batch.
+        device: where batches are delivered.
+        augment: an ``Augment``, True for ``default_augment(dataset)``, False for none.
+        shuffle: take the images in a new random order in each epoch.
+        drop_last: leave out a last batch that is not full.
+        channels_last: deliver images in torch's channels_last memory format.
+        memory: "device" holds the images there, "map" leaves them where they are, "auto" holds
+            them if they take no more than half of the memory that is free.
+
+    Attributes:
+        n: number of images.
+
+    Raises:
+        ValueError: naming the argument, if one is out of range or there would be no batch.
+
+    >>> from modlib.data import load
+    >>> loader = Loader(load("digits"), batch_size=100, augment=Augment(pad=1, flip=False))
+    >>> len(loader), loader.n, loader.random
+    (14, 1437, True)
+    >>> x, y = next(loader.epoch(seed=0, epoch=0))
+    >>> tuple(x.shape), x.dtype, tuple(y.shape), y.dtype
+    ((100, 1, 8, 8), torch.float32, (100,), torch.int64)
+    """
 
     def __init__(
         self,
         dataset: Dataset,
-        split: Literal["train", "test"] = "train",
+        split: Split = "train",
         batch_size: int = 128,
         device: str | torch.device = "cpu",
         augment: Augment | bool = False,
         shuffle: bool = True,
         drop_last: bool = True,
         channels_last: bool = False,
-        memory: Literal["auto", "device", "map"] = "auto",
+        memory: Memory = "auto",
     ) -> None:
-        self.dataset, self.batch_size, self.device = dataset, batch_size, torch.device(device)
+        for what, value, allowed in (("split", split, Split), ("memory", memory, Memory)):
+            if value not in get_args(allowed):
+                raise ValueError(f"{what} is {value!r}; give one of {get_args(allowed)}.")
+        images: Array = dataset.train_images if split == "train" else dataset.test_images
+        labels = dataset.train_labels if split == "train" else dataset.test_labels
+        self.dataset, self.split, self.batch_size = dataset, split, batch_size
         self.shuffle, self.drop_last, self.channels_last = shuffle, drop_last, channels_last
-        if augment is True:
-            augment = default_augment(dataset)
-        self.augment = augment if isinstance(augment, Augment) else Augment(0, False, 0)
-        images = getattr(dataset, f"{split}_images")
-        self.images = torch.from_numpy(np.array(images)).to(self.device)
-        self.labels = torch.from_numpy(np.array(getattr(dataset, f"{split}_labels"))).to(self.device)
-        self.n = len(self.labels)
-        self.mean = torch.tensor(dataset.mean, device=self.device)
-        self.std = torch.tensor(dataset.std, device=self.device)
+        self.n = len(labels)
+        self.device = _checked_device(device)
+        self.augment = _checked_augment(augment, dataset)
+        if batch_size < 1 or len(self) == 0:
+            raise ValueError(
+                f"batch_size is {batch_size} but {dataset.name} has {self.n} {split} images; give "
+                f"a number from 1 to {self.n}, or drop_last=False."
+            )
+        # A vector is an image of one pixel with many channels: there is one way for both.
+        self._images = images[:, None, None, :] if dataset.is_vector else images
+        self._labels = np.array(labels)  # out of the memory map: looked up in each epoch
+        self._planar = not channels_last
+        self._scale, self._shift = self._normalisation()
+        self._windows = None
+        if memory == "device" or (
+            memory == "auto"
+            and Windows.bytes_needed(self._images, self.augment) <= free_memory(self.device) // 2
+        ):
+            self._windows = Windows(self._images, self.augment, self.device, self._planar)
 
     @property
     def random(self) -> bool:
-        return self.augment != Augment(0, False, 0)
+        """True if images are augmented, so that no two epochs show the same ones."""
+        return self.augment.random
 
     def __len__(self) -> int:
+        """Batches in an epoch."""
         return self.n // self.batch_size if self.drop_last else -(-self.n // self.batch_size)
 
-    def sample(self, n: int) -> Batch:
-        order = self._order(torch.Generator().manual_seed(0))[:n]
-        return self._finish(self.images[order].float()), self.labels[order]
-
     def epoch(self, seed: int, epoch: int) -> Iterator[Batch]:
-        state = int(np.random.SeedSequence([seed, epoch]).generate_state(1, np.uint64)[0] >> 1)
-        generator = torch.Generator().manual_seed(state)
-        order = self._order(generator)
-        for b in range(len(self)):
-            index = order[b * self.batch_size : (b + 1) * self.batch_size]
-            yield self._batch(index, generator), self.labels[index]
+        """The batches of one epoch; order and augmentation depend on (seed, epoch) alone.
 
-    def _order(self, generator: torch.Generator) -> Tensor:
-        order = torch.randperm(self.n, generator=generator) if self.shuffle else torch.arange(self.n)
-        return order.to(self.device)
+        There is no state to save: to resume, ask for the next epoch.
 
-    def _batch(self, index: Tensor, generator: torch.Generator) -> Tensor:
-        x, p, n = self.images[index], self.augment.pad, len(index)
-        if x.ndim == 4 and self.random:
-            h, w = x.shape[1:3]
-            padded = pad_images(x, p, self.augment.mode)
-            oy, ox = torch.randint(2 * p + 1, (2, n), generator=generator).to(self.device)
-            rows = oy[:, None] + torch.arange(h, device=self.device)
-            columns = ox[:, None] + torch.arange(w, device=self.device)
-            image = torch.arange(n, device=self.device)
-            x = padded[image[:, None, None], rows[:, :, None], columns[:, None, :]]
-            if self.augment.flip:
-                coin = (torch.rand(n, generator=generator) < 0.5).to(self.device)
-                x = torch.where(coin[:, None, None, None], x.flip(2), x)
-        return self._finish(x.float())
+        Args:
+            seed: 0 or more.
+            epoch: 0 or more.
 
-    def _finish(self, x: Tensor) -> Tensor:
-        if x.ndim == 2:
-            return (x - self.mean) / self.std
-        x = ((x / 255 - self.mean) / self.std).permute(0, 3, 1, 2)
-        return x if self.channels_last else x.contiguous()
+        Yields:
+            x, float32 (B, C, H, W) or (B, d), normalised, and y, int64 (B,), both on the device.
+
+        Raises:
+            ValueError: if ``seed`` or ``epoch`` is negative.
+        """
+        for what, value in (("seed", seed), ("epoch", epoch)):
+            if value < 0:
+                raise ValueError(f"{what} is {value}; give 0 or more.")
+        return self._batches(np.random.default_rng((seed, epoch)))
+
+    def sample(self, n: int) -> Batch:
+        """The first n images, not augmented, as (x, y); of a fixed random order if shuffled.
+
+        Args:
+            n: from 1 to ``self.n``.
+
+        Raises:
+            ValueError: if ``n`` is out of range.
+
+        >>> from modlib.data import load
+        >>> x, y = Loader(load("digits"), "test", shuffle=False).sample(5)
+        >>> tuple(x.shape), y.tolist() == load("digits").test_labels[:5].tolist()
+        ((5, 1, 8, 8), True)
+        """
+        if not 1 <= n <= self.n:
+            raise ValueError(f"n is {n}; give a number from 1 to {self.n}.")
+        index = self._order(np.random.default_rng((0, 0)))[:n]
+        windows = Windows(take(self._images, index), PLAIN, self.device, self._planar)
+        zero = np.zeros(n, np.int64)
+        starts = windows.starts(np.arange(n), zero, zero, zero)
+        return self._finish(windows.crops(starts)), self._on_device(self._labels[index])
+
+    def _order(self, rng: np.random.Generator) -> Array:
+        return rng.permutation(self.n) if self.shuffle else np.arange(self.n)
+
+    def _batches(self, rng: np.random.Generator) -> Iterator[Batch]:
+        order = self._order(rng)
+        # Numpy draws for all devices alike; one transfer an epoch, not one a batch.
+        row, column = rng.integers(0, 2 * self.augment.pad + 1, (2, self.n))
+        flip = rng.integers(0, 1 + self.augment.flip, self.n)
+        height, width = self._images.shape[1:3]
+        centre = self._on_device(rng.integers(0, [[height], [width]], (2, self.n)))
+        labels = self._on_device(self._labels[order])
+        held = self._windows
+        starts = held.starts(order, flip, row, column) if held else None
+        for first in range(0, len(self) * self.batch_size, self.batch_size):
+            part = slice(first, first + self.batch_size)
+            if held and starts is not None:
+                crops = held.crops(starts[part])
+            else:
+                crops = self._gathered(order[part], flip[part], row[part], column[part])
+            x = self._finish(crops)
+            if side := self.augment.cutout:
+                mask = cutout_mask(centre[0, part], centre[1, part], side, height, width)
+                x.mul_((~mask)[:, None].float())  # normalised: 0 is the mean colour
+            yield x, labels[part]
+
+    def _gathered(self, image: Array, flip: Array, row: Array, column: Array) -> Tensor:
+        """Crops of images that are not held on the device."""
+        windows = Windows(take(self._images, image), self.augment, self.device, self._planar)
+        return windows.crops(windows.starts(np.arange(len(image)), flip, row, column))
+
+    def _on_device(self, array: Array) -> Tensor:
+        return torch.from_numpy(array).to(self.device)
+
+    def _finish(self, crops: Tensor) -> Tensor:
+        """Normalised float32 in the shape and memory format that was asked for."""
+        x = crops.to(torch.float32, memory_format=torch.contiguous_format)
+        # One long row an image: broadcasting over channels would be three times slower.
+        rows = x.view(len(x), -1)
+        torch.addcmul(self._shift, rows, self._scale, out=rows)
+        if self.dataset.is_vector:
+            return x.view(len(x), -1)
+        return x if self._planar else x.permute(0, 3, 1, 2)
+
+    def _normalisation(self) -> tuple[Tensor, Tensor]:
+        """Scale and shift (H W C,) that take stored numbers to mean 0 and standard deviation 1."""
+        unit = 1.0 if self.dataset.is_vector else 255.0
+        mean, std = np.array(self.dataset.mean), np.array(self.dataset.std)
+        pixels = int(np.prod(self._images.shape[1:3]))
+        repeat = np.repeat if self._planar else np.tile
+        scale, shift = repeat(1 / (unit * std), pixels), repeat(-mean / std, pixels)
+        return self._on_device(scale.astype(np.float32)), self._on_device(shift.astype(np.float32))
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes of memory that are free on a device, as far as it tells."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    if device.type == "mps":
+        return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvail"))
+    except (OSError, StopIteration):  # not Linux: take half of what is built in as free
+        if not hasattr(os, "sysconf"):
+            return 4 << 30
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+
+
+def _checked_device(device: str | torch.device) -> torch.device:
+    try:
+        checked = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"device is {device!r}; give 'cpu', 'cuda' or 'mps'.") from error
+    if checked.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device is {device!r} but torch finds no CUDA device; give 'cpu'.")
+    return checked
+
+
+def _checked_augment(augment: Augment | bool, dataset: Dataset) -> Augment:
+    if augment is True:
+        augment = default_augment(dataset)
+    if augment is False:
+        return PLAIN
+    if not isinstance(augment, Augment):
+        raise TypeError(f"augment is {augment!r}; give True, False or an Augment.")
+    if dataset.is_vector and augment.random:
+        raise ValueError(f"augment is {augment} but {dataset.name} holds vectors; give False.")
+    if not dataset.is_vector and augment.mode == "reflect":
+        side = min(dataset.shape[1:])
+        if augment.pad >= side:
+            raise ValueError(
+                f"augment pads by {augment.pad} but {dataset.name} has a side of {side} pixels; "
+                f"reflect fewer than {side}."
+            )
+    return augment

@@ -1,0 +1,143 @@
+"""Prepared data sets on disk: memory-mapped arrays that are there entirely or not at all.
+
+A prepared folder holds {train,test}_{images,labels}.npy (uint8 NHWC or float vectors; integers),
+classes.json (a list of names) and, written on first use, statistics.json (mean and std).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import numpy as np
+
+from modlib.data.dataset import Array, Dataset
+
+PARTS = ("train_images", "train_labels", "test_images", "test_labels")
+Root = str | os.PathLike[str] | None
+Numbers = tuple[float, ...]
+
+
+def root_folder(root: Root = None) -> Path:
+    """Where prepared sets lie: ``root``, else $MODLIB_DATA, else the user's cache folder.
+
+    >>> root_folder("/data").name
+    'data'
+    """
+    if root is None:
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
+        root = os.environ.get("MODLIB_DATA") or cache / "modlib"
+    return Path(root).expanduser().absolute()
+
+
+def read(folder: Path) -> Dataset:
+    """A prepared folder as a memory-mapped ``Dataset``.
+
+    Raises:
+        ValueError: naming the file, if one is missing, cut short, or disagrees with another.
+    """
+    train_x, train_y, test_x, test_y = (_array(folder / f"{part}.npy") for part in PARTS)
+    classes = _classes(folder / "classes.json")
+    known = _known_statistics(folder)
+    try:
+        data = Dataset(folder.name, train_x, train_y, test_x, test_y, classes, *known)
+        present = np.bincount(data.train_labels, minlength=len(classes))
+        if not present.all():
+            empty = classes[int(np.argmin(present))]
+            raise ValueError(f"{folder.name}: class {empty!r} has no training image.")
+    except (TypeError, ValueError) as error:
+        raise damaged(folder, f"does not hold a data set ({str(error).rstrip('.')})") from error
+    if not known[0]:
+        with suppress(OSError):  # a shared cache may be read-only
+            content = {"mean": data.mean, "std": data.std, "of": _fingerprint(folder)}
+            write_json(folder / "statistics.json", content)
+    return data
+
+
+def write(folder: Path, arrays: dict[str, Array], classes: Sequence[str]) -> None:
+    """Write a prepared folder, at once or not at all."""
+    with writing(folder) as temporary:
+        for part in PARTS:
+            np.save(temporary / f"{part}.npy", arrays[part])
+        write_json(temporary / "classes.json", list(classes))
+
+
+@contextmanager
+def writing(folder: Path) -> Iterator[Path]:
+    """A temporary folder beside ``folder`` that takes its name when all has gone well.
+
+    If anything fails it is removed; if the process is killed it stays behind under a name that
+    is never read (".<name>-preparing-...").
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-preparing-", dir=folder.parent))
+    try:
+        temporary.chmod(0o755)  # mkdtemp makes it private, but caches are shared
+        yield temporary
+        try:
+            temporary.replace(folder)
+        except OSError:
+            if not (folder / "classes.json").exists():
+                raise
+            shutil.rmtree(temporary)  # another process was faster
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def write_json(path: Path, content: object) -> None:
+    """Write a small JSON file, at once or not at all."""
+    temporary = path.with_name(f".{path.name}-{os.getpid()}")
+    temporary.write_text(json.dumps(content) + "\n", encoding="utf-8")
+    temporary.replace(path)
+
+
+def damaged(path: Path, what: str) -> ValueError:
+    """One sentence on a file or folder that is not as it should be; nothing is deleted."""
+    return ValueError(
+        f"{path} {what}; put that right, or move the prepared folder away and load the data set "
+        f"again to have it prepared anew."
+    )
+
+
+def _array(path: Path) -> Array:
+    if not path.exists():
+        raise damaged(path, "is missing")
+    try:
+        array: Array = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (EOFError, OSError, ValueError) as error:
+        raise damaged(path, f"cannot be read as an array ({error})") from error
+    return array
+
+
+def _classes(path: Path) -> tuple[str, ...]:
+    if not path.exists():
+        raise damaged(path, "is missing")
+    try:
+        names = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise damaged(path, f"is not JSON ({error})") from error
+    if not isinstance(names, list) or not names or not all(isinstance(n, str) for n in names):
+        raise damaged(path, "is not a list of class names")
+    return tuple(names)
+
+
+def _known_statistics(folder: Path) -> tuple[Numbers, Numbers]:
+    """Mean and std computed before; empty if the images have changed since."""
+    try:
+        known = json.loads((folder / "statistics.json").read_text(encoding="utf-8"))
+        if known["of"] == _fingerprint(folder):
+            return tuple(known["mean"]), tuple(known["std"])
+    except (OSError, ValueError, KeyError, TypeError):
+        pass  # computed again
+    return (), ()
+
+
+def _fingerprint(folder: Path) -> list[int]:
+    status = (folder / "train_images.npy").stat()
+    return [status.st_size, status.st_mtime_ns]
