@@ -94,7 +94,7 @@ def stepper(
     label: str,
     captions: Sequence[str] | None = None,
     start: int = 0,
-    dpi: int = 120,
+    dpi: int = 144,
 ) -> Stepper:
     """Put frames under a slider that works with or without a kernel.
 

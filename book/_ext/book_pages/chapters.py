@@ -21,7 +21,7 @@ def connect(app: Sphinx) -> None:
                 _renumber(env, document, int(match[1]))
         return count(collector, env)
 
-    TocTreeCollector.assign_figure_numbers = assign  # type: ignore[method-assign]
+    TocTreeCollector.assign_figure_numbers = assign  # type: ignore[assignment,method-assign]
 
 
 def _renumber(env: BuildEnvironment, document: str, chapter: int) -> None:
