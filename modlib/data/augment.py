@@ -142,6 +142,11 @@ def spans(flat: Tensor, starts: Tensor, length: int) -> Tensor:
         # have the index, and not all can look at memory in this way.
         rows = flat.as_strided((len(flat) - length + 1, length), (1, 1))
         return rows.index_select(0, starts)
+    return spans_by_index(flat, starts, length)
+
+
+def spans_by_index(flat: Tensor, starts: Tensor, length: int) -> Tensor:
+    """``spans`` for devices other than the CPU; the result is the same."""
     return flat[starts[:, None] + torch.arange(length, device=flat.device)]
 
 

@@ -19,7 +19,7 @@ def square(picture: Image.Image, size: int) -> Array:
     side = min(picture.size)
     left, top = ((length - side) / 2 for length in picture.size)
     box = (left, top, left + side, top + side)
-    # Cropping and scaling at once; Pillow filters so that fine lines do not alias.
+    # Scaling and cropping at once; Pillow filters so that fine lines do not alias.
     scaled = picture.convert("RGB").resize((size, size), Image.Resampling.BILINEAR, box)
     return np.asarray(scaled)
 

@@ -80,7 +80,8 @@ def try_mirrors(fetch: Callable[[str | None], Any], mirrors: Sequence[str | None
         # torchvision raises RuntimeError for a wrong checksum.
         except (OSError, HTTPException, RuntimeError, EOFError) as error:
             host = mirror.split("/")[2] if mirror else "torchvision"
-            failures.append(f"{host}: {error or type(error).__name__}")
+            said = " ".join(str(error).split()) or type(error).__name__
+            failures.append(f"{host}: {said}")
     raise Unreachable("; ".join(failures))
 
 

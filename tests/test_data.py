@@ -1,0 +1,1170 @@
+"""Data sets, caches, folder trees and the loader.
+
+Nothing here touches the network. Tests on real images skip where $MODLIB_DATA does not have them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import signal
+import tarfile
+from collections.abc import Callable, Iterator
+from functools import partial
+from hashlib import md5
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from threading import Thread
+from typing import Any
+from urllib.error import URLError
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from PIL import Image
+from torchvision.transforms import functional as vision
+
+import modlib.data
+from modlib.data import (
+    Augment,
+    Dataset,
+    Loader,
+    default_augment,
+    explain,
+    load,
+    prepare,
+    sources,
+    trees,
+)
+from modlib.data import augment as augment_file
+from modlib.data import loader as loader_file
+from modlib.data.augment import Windows, cutout_mask, pad_images, spans, spans_by_index
+from modlib.data.cache import PARTS, read, root_folder, write, writing
+from modlib.data.dataset import statistics
+
+# --------------------------------------------------------------------------- what tests use
+
+
+def pictures(n: int, side: int = 12, channels: int = 3, seed: int = 0) -> Any:
+    """Random images, no two alike."""
+    rng = np.random.default_rng(seed)
+    return rng.integers(0, 256, (n, side, side, channels), np.uint8)
+
+
+def made(n: int = 60, side: int = 12, channels: int = 3, classes: int = 4) -> Dataset:
+    """A small data set of random images."""
+    labels = np.arange(n) % classes
+    test = pictures(n // 2, side, channels, seed=1)
+    return Dataset("made", pictures(n, side, channels), labels, test, labels[: n // 2])
+
+
+def epoch(loader: Loader, seed: int = 0, number: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """All batches of an epoch as one."""
+    x, y = zip(*loader.epoch(seed, number), strict=True)
+    return torch.cat(x), torch.cat(y)
+
+
+def raw(x: torch.Tensor, data: Dataset) -> torch.Tensor:
+    """Undo the normalisation: uint8 (B, C, H, W)."""
+    mean, std = (torch.tensor(v).view(1, -1, 1, 1) for v in (data.mean, data.std))
+    return ((x * std + mean) * 255).round().to(torch.uint8)
+
+
+def real(name: str) -> Path:
+    """Folder of a real data set; skips where it is absent."""
+    root = os.environ.get("MODLIB_DATA")
+    if not root:
+        pytest.skip(f"MODLIB_DATA is not set: {name} is not here")
+    folder = Path(root) / name
+    if not folder.is_dir():
+        pytest.skip(f"{folder} is not there")
+    return folder
+
+
+def one_sentence(error: pytest.ExceptionInfo[BaseException]) -> str:
+    """The message, which has to be one line that ends like a sentence."""
+    message = str(error.value)
+    assert "\n" not in message and message.endswith("."), message
+    return message
+
+
+# --------------------------------------------------------------------------- data sets
+
+
+@pytest.mark.parametrize("name", ["digits", "spirals", "moons", "rings"])
+def test_embedded_sets_are_whole_balanced_and_always_the_same(name: str) -> None:
+    first, again = load(name), load(name)
+    assert np.array_equal(first.train_images, again.train_images)
+    assert np.array_equal(first.test_labels, again.test_labels)
+    counts = np.bincount(first.test_labels)
+    assert len(counts) == len(first.classes) and counts.max() - counts.min() <= 1
+
+
+def test_digits_are_the_ones_of_scikit_learn() -> None:
+    from sklearn.datasets import load_digits
+
+    digits, bunch = load("digits"), load_digits()
+    ours = np.concatenate([digits.train_images, digits.test_images])[..., 0]
+    theirs = np.rint(bunch.images * 255 / 16).astype(np.uint8)
+    assert sorted(i.tobytes() for i in ours) == sorted(i.tobytes() for i in theirs)
+    label = {i.tobytes(): int(t) for i, t in zip(theirs, bunch.target, strict=True)}
+    where = zip(digits.test_images[..., 0], digits.test_labels, strict=True)
+    assert all(label[image.tobytes()] == y for image, y in where)
+
+
+def test_digits_in_the_shape_of_cifar() -> None:
+    small, large = load("digits"), load("digits", size=32)
+    assert large.shape == (3, 32, 32) and large.train_images.dtype == np.uint8
+    assert np.array_equal(large.train_labels, small.train_labels)
+    assert np.ptp(large.train_images.astype(int), axis=-1).max() == 0  # grey in three channels
+    shrunk = large.train_images[..., 0].reshape(-1, 8, 4, 8, 4).mean((2, 4))
+    assert np.corrcoef(shrunk.ravel(), small.train_images.ravel())[0, 1] > 0.95
+
+
+@pytest.mark.parametrize("shape", [(70_000, 1, 1, 2), (37, 5, 6, 3), (50, 7)])
+def test_statistics_are_exact(shape: tuple[int, ...]) -> None:
+    rng = np.random.default_rng(0)
+    if len(shape) == 4:
+        images = rng.integers(200, 256, shape, np.uint8)
+        scaled = images / 255.0
+        axes: tuple[int, ...] = (0, 1, 2)
+    else:
+        images, axes = rng.normal(3, 2, shape).astype(np.float32), (0,)
+        scaled = images.astype(np.float64)
+    mean, std = statistics(images)
+    assert np.allclose(mean, scaled.mean(axes), rtol=1e-12)
+    assert np.allclose(std, scaled.std(axes), rtol=1e-9)
+
+
+def test_subset_is_balanced_seeded_and_leaves_the_normalisation_alone() -> None:
+    data = load("digits")
+    small = data.subset(n_train=200, n_test=33, seed=1)
+    assert np.bincount(small.train_labels).tolist() == [20] * 10
+    assert sorted(np.bincount(small.test_labels)) == [3] * 7 + [4] * 3
+    assert (small.mean, small.std) == (data.mean, data.std)
+    assert np.array_equal(small.train_images, data.subset(200, seed=1).train_images)
+    assert not np.array_equal(small.train_images, data.subset(200, seed=2).train_images)
+    assert len(np.unique(small.train_images.reshape(200, -1), axis=0)) == 200
+    assert len(set(small.train_labels[:20].tolist())) > 5  # mixed, not sorted by class
+    assert data.subset(n_test=5).train_images is data.train_images
+
+
+def test_subset_takes_what_there_is_of_a_rare_class() -> None:
+    labels = np.array([0] * 50 + [1] * 3 + [2] * 50)
+    data = Dataset("rare", pictures(103), labels, pictures(3), np.array([0, 1, 2]))
+    assert np.bincount(data.subset(n_train=23).train_labels).tolist() == [10, 3, 10]
+    assert np.bincount(data.subset(n_train=103).train_labels).tolist() == [50, 3, 50]
+
+
+def test_subset_labels_belong_to_their_images() -> None:
+    data = made()
+    known = {i.tobytes(): int(t) for i, t in zip(data.train_images, data.train_labels, strict=True)}
+    small = data.subset(n_train=17)
+    pairs = zip(small.train_images, small.train_labels, strict=True)
+    assert all(known[image.tobytes()] == label for image, label in pairs)
+
+
+@pytest.mark.parametrize("n", [0, -1, 1438])
+def test_subset_refuses_what_there_is_not(n: int) -> None:
+    with pytest.raises(ValueError, match=f"n_train is {n} but digits has 1437") as error:
+        load("digits").subset(n_train=n)
+    one_sentence(error)
+
+
+def bad_labels(data: dict[str, Any]) -> None:
+    data["train_labels"] = data["train_labels"] + 1
+
+
+def negative_labels(data: dict[str, Any]) -> None:
+    data["test_labels"] = data["test_labels"] - 1
+
+
+def float_labels(data: dict[str, Any]) -> None:
+    data["train_labels"] = data["train_labels"].astype(np.float32)
+
+
+def flat_labels(data: dict[str, Any]) -> None:
+    data["train_labels"] = data["train_labels"][:, None]
+
+
+def too_few_labels(data: dict[str, Any]) -> None:
+    data["test_labels"] = data["test_labels"][1:]
+
+
+def float_images(data: dict[str, Any]) -> None:
+    data["train_images"] = data["train_images"] / 255
+
+
+def other_size(data: dict[str, Any]) -> None:
+    data["test_images"] = data["test_images"][:, 1:]
+
+
+def no_images(data: dict[str, Any]) -> None:
+    data["test_images"], data["test_labels"] = data["test_images"][:0], data["test_labels"][:0]
+
+
+def not_a_number(data: dict[str, Any]) -> None:
+    data["train_images"] = np.full((60, 2), np.nan, np.float32)
+
+
+def tensors(data: dict[str, Any]) -> None:
+    data["train_images"] = torch.from_numpy(data["train_images"])
+
+
+def short_mean(data: dict[str, Any]) -> None:
+    data["mean"] = (0.5,)
+
+
+def zero_std(data: dict[str, Any]) -> None:
+    data["std"] = (0.5, 0.0, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (bad_labels, "train_labels run from 1 to 4 but there are 4 classes"),
+        (negative_labels, "test_labels run from -1 to 2"),
+        (float_labels, "train_labels is float32"),
+        (flat_labels, r"train_labels has shape \(60, 1\)"),
+        (too_few_labels, "test_images has 30 rows but test_labels has 29"),
+        (float_images, "train_images is float64 of shape"),
+        (other_size, r"test_images are \(11, 12, 3\)"),
+        (no_images, "test_images is empty"),
+        (not_a_number, "train_images holds NaN or infinity"),
+        (tensors, "train_images is a Tensor"),
+        (short_mean, "mean and std need 3 numbers"),
+        (zero_std, "std above 0"),
+    ],
+)
+def test_a_wrong_array_is_named(spoil: Callable[[dict[str, Any]], None], message: str) -> None:
+    data = made()
+    fields = {part: getattr(data, part) for part in (*PARTS, "classes", "mean", "std")}
+    spoil(fields)
+    with pytest.raises((TypeError, ValueError), match=message) as error:
+        Dataset("made", **fields)
+    assert one_sentence(error).startswith("made: ")
+
+
+# --------------------------------------------------------------------------- augmentation
+
+
+@pytest.mark.parametrize("mode", ["reflect", "zeros"])
+@pytest.mark.parametrize("pad", [1, 4, 11])
+def test_padding_is_that_of_torchvision(mode: str, pad: int) -> None:
+    images = torch.from_numpy(pictures(3, side=12))
+    kind = "constant" if mode == "zeros" else "reflect"
+    expected = vision.pad(images.permute(0, 3, 1, 2), pad, padding_mode=kind).permute(0, 2, 3, 1)
+    assert torch.equal(pad_images(images, pad, mode), expected)
+
+
+@pytest.mark.parametrize("planar", [True, False])
+@pytest.mark.parametrize("mode", ["reflect", "zeros"])
+@pytest.mark.parametrize(("pad", "flip"), [(0, False), (0, True), (3, False), (3, True)])
+def test_crop_and_flip_are_those_of_torchvision_image_by_image(
+    planar: bool, mode: Any, pad: int, flip: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(augment_file, "_BLOCK_BYTES", 4000)  # several blocks, the last not full
+    images = pictures(10, side=9)
+    windows = Windows(images, Augment(pad, flip, mode=mode), torch.device("cpu"), planar)
+    rng = np.random.default_rng(0)
+    index = rng.permutation(10)
+    flips = rng.integers(0, 1 + flip, 10)
+    row, column = rng.integers(0, 2 * pad + 1, (2, 10))
+    row[:2], column[:2] = (0, 2 * pad), (2 * pad, 2 * pad)  # the corners as well
+    crops = windows.crops(windows.starts(index, flips, row, column))
+    crops = crops if planar else crops.permute(0, 3, 1, 2)
+    for crop, i, mirrored, r, c in zip(crops, index, flips, row, column, strict=True):
+        image = torch.from_numpy(images[i]).permute(2, 0, 1)
+        image = vision.hflip(image) if mirrored else image
+        padded = vision.pad(image, pad, padding_mode="constant" if mode == "zeros" else mode)
+        assert torch.equal(crop, vision.crop(padded, int(r), int(c), 9, 9))
+
+
+def test_both_ways_to_gather_agree() -> None:
+    flat = torch.randint(0, 256, (500,), dtype=torch.uint8)
+    starts = torch.tensor([0, 499 - 40, 460, 17, 17])
+    assert torch.equal(spans(flat, starts, 40), spans_by_index(flat, starts, 40))
+
+
+def test_bytes_needed_is_what_is_used() -> None:
+    images, augment = pictures(10, side=9), Augment(pad=2)
+    windows = Windows(images, augment, torch.device("cpu"), planar=True)
+    needed = Windows.bytes_needed(images, augment)
+    assert needed == 2 * 10 * 13 * 13 * 3 and needed <= len(windows._flat) < 1.1 * needed
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_loader_delivers_every_crop_and_flip_and_nothing_else(channels_last: bool) -> None:
+    one = pictures(1, side=6)  # so that all that can come out can be listed
+    same, labels = np.repeat(one, 4000, 0), np.zeros(4000, np.int64)
+    data = Dataset("one", same, labels, one, labels[:1])
+    loader = Loader(data, augment=Augment(pad=1), channels_last=channels_last, batch_size=1000)
+    x, _ = epoch(loader)
+    seen, counts = torch.unique(raw(x, data), dim=0, return_counts=True)
+    image = torch.from_numpy(data.train_images[0]).permute(2, 0, 1)
+    possible = torch.stack(
+        [
+            vision.crop(vision.pad(side, 1, padding_mode="reflect"), r, c, 6, 6)
+            for side in (image, vision.hflip(image))
+            for r in range(3)
+            for c in range(3)
+        ]
+    )
+    assert torch.equal(seen, torch.unique(possible, dim=0))
+    # 18 outcomes with 4000/18 = 222 each and a standard deviation of 14.5: five of them.
+    assert len(counts) == 18 and (counts - 4000 / 18).abs().max() < 73
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_cutout_against_a_loop(channels_last: bool) -> None:
+    data = made(n=40)
+    plain = Loader(data, batch_size=40, shuffle=False, channels_last=channels_last)
+    cut = Loader(
+        data,
+        batch_size=40,
+        shuffle=False,
+        channels_last=channels_last,
+        augment=Augment(0, False, cutout=5),
+    )
+    (x, _), (z, _) = epoch(plain), epoch(cut)
+    centres = set()
+    for before, after in zip(x, z, strict=True):
+        gone = (after == 0).all(0)
+        rows, columns = (torch.nonzero(gone.any(d)).flatten().tolist() for d in (1, 0))
+        # A rectangle, no larger than 5x5, full size unless it touches the border.
+        assert gone.sum() == len(rows) * len(columns)
+        for line in (rows, columns):
+            assert len(line) == 5 or (3 <= len(line) < 5 and (line[0] == 0 or line[-1] == 11))
+        assert torch.equal(after[:, ~gone], before[:, ~gone])
+        centres.add((rows[0], columns[0]))
+    assert len(centres) > 20
+
+
+def test_cutout_mask_is_clipped_at_the_border() -> None:
+    mask = cutout_mask(torch.tensor([0, 3]), torch.tensor([3, 1]), 3, 4, 4)
+    assert mask[0].int().tolist() == [[0, 0, 1, 1], [0, 0, 1, 1], [0] * 4, [0] * 4]
+    assert mask[1].int().tolist() == [[0] * 4, [0] * 4, [1, 1, 1, 0], [1, 1, 1, 0]]
+
+
+def test_default_augment() -> None:
+    assert default_augment(load("digits", size=32)) == Augment(pad=4, flip=False)
+    assert default_augment(made(side=32)) == Augment(pad=4, flip=True)
+    assert default_augment(load("moons")) is False
+    renamed = Dataset("mnist", *(getattr(made(side=28), part) for part in PARTS))
+    assert default_augment(renamed) == Augment(pad=3, flip=False)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"pad": -1}, "pad is -1"),
+        ({"cutout": -2}, "cutout is -2"),
+        ({"mode": "edge"}, "mode is 'edge'"),
+    ],
+)
+def test_augment_refuses(wrong: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message) as error:
+        Augment(**wrong)
+    one_sentence(error)
+
+
+# --------------------------------------------------------------------------- loader
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_plain_batches_are_the_images_normalised(channels_last: bool) -> None:
+    data = made()
+    loader = Loader(data, "test", 7, shuffle=False, drop_last=False, channels_last=channels_last)
+    x, y = epoch(loader)
+    mean, std = np.array(data.mean), np.array(data.std)
+    expected = ((data.test_images / 255.0 - mean) / std).transpose(0, 3, 1, 2)
+    assert np.allclose(x.numpy(), expected, atol=1e-5) and x.dtype == torch.float32
+    assert np.array_equal(y.numpy(), data.test_labels) and y.dtype == torch.int64
+    assert len(loader) == 5 and [len(b) for _, b in loader.epoch(0, 0)] == [7, 7, 7, 7, 2]
+
+
+def test_memory_format_is_the_one_asked_for() -> None:
+    for channels_last in (False, True):
+        loader = Loader(made(), augment=Augment(2), batch_size=8, channels_last=channels_last)
+        for x in (next(loader.epoch(0, 0))[0], loader.sample(8)[0]):
+            assert x.is_contiguous() is not channels_last
+            assert x.is_contiguous(memory_format=torch.channels_last) is channels_last
+
+
+def test_the_formats_hold_the_same_batches() -> None:
+    planar, last = (
+        Loader(made(), augment=Augment(3, cutout=4), batch_size=8, channels_last=c)
+        for c in (False, True)
+    )
+    for (x, y), (u, v) in zip(planar.epoch(1, 2), last.epoch(1, 2), strict=True):
+        assert torch.equal(x, u) and torch.equal(y, v)
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_batches_do_not_depend_on_where_images_are_held(channels_last: bool) -> None:
+    def held(memory: Any) -> Loader:
+        return Loader(
+            made(),
+            augment=Augment(3, cutout=4),
+            batch_size=8,
+            memory=memory,
+            channels_last=channels_last,
+        )
+
+    on_device, mapped = held("device"), held("map")
+    assert mapped._windows is None
+    for (x, y), (u, v) in zip(on_device.epoch(1, 2), mapped.epoch(1, 2), strict=True):
+        assert torch.equal(x, u) and torch.equal(y, v)
+
+
+def test_images_that_do_not_fit_stay_in_the_map(monkeypatch: pytest.MonkeyPatch) -> None:
+    needed = Windows.bytes_needed(made().train_images, Augment())
+    monkeypatch.setattr(loader_file, "free_memory", lambda device: 2 * needed)
+    assert Loader(made(), augment=Augment(), batch_size=8)._windows is not None
+    monkeypatch.setattr(loader_file, "free_memory", lambda device: 2 * needed - 2)
+    assert Loader(made(), augment=Augment(), batch_size=8)._windows is None
+
+
+def test_free_memory_is_plausible() -> None:
+    assert 1 << 26 < loader_file.free_memory(torch.device("cpu")) < 1 << 50
+
+
+def test_order_and_augmentation_depend_on_seed_and_epoch_alone() -> None:
+    loader = Loader(made(), augment=Augment(2), batch_size=10)
+    x, y = epoch(loader, seed=3, number=5)
+    torch.rand(3), np.random.rand(3), epoch(loader, 3, 6)  # none of it matters
+    same, _ = epoch(Loader(made(), augment=Augment(2), batch_size=15), seed=3, number=5)
+    assert torch.equal(x, same)
+    for other in ((3, 6), (4, 5), (5, 3)):
+        z, w = epoch(loader, *other)
+        assert not torch.equal(z, x) and not torch.equal(w, y)
+
+
+def test_an_epoch_shows_every_image_once() -> None:
+    data = made(n=64)
+    x, y = epoch(Loader(data, batch_size=16))
+    key = {i.tobytes(): int(t) for i, t in zip(data.train_images, data.train_labels, strict=True)}
+    shown = [i.contiguous().numpy().tobytes() for i in raw(x, data).permute(0, 2, 3, 1)]
+    assert sorted(shown) == sorted(key)
+    assert [key[i] for i in shown] == y.tolist()  # labels go with their images
+
+
+def test_drop_last_drops_other_images_in_each_epoch() -> None:
+    loader = Loader(made(n=60), batch_size=50)
+    assert len(loader) == 1
+    assert len({tuple(epoch(loader, 0, e)[0].sum((1, 2, 3)).sort()[0][:3]) for e in range(5)}) > 1
+
+
+def test_batches_may_be_kept() -> None:
+    kept = list(Loader(made(), augment=Augment(2), batch_size=10).epoch(0, 0))
+    again = list(Loader(made(), augment=Augment(2), batch_size=10).epoch(0, 0))
+    assert all(torch.equal(x, u) for (x, _), (u, _) in zip(kept, again, strict=True))
+    assert len({x.data_ptr() for x, _ in kept}) == len(kept)
+
+
+def test_vectors() -> None:
+    data = load("spirals")
+    loader = Loader(data, batch_size=100)
+    x, y = epoch(loader)
+    assert x.shape == (1000, 2) and not loader.random
+    assert torch.allclose(x.mean(0), torch.zeros(2), atol=1e-5)
+    assert torch.allclose(x.std(0), torch.ones(2), atol=1e-2)
+    expected = (data.train_images - np.array(data.mean)) / np.array(data.std)
+    key = {int(t): set() for t in range(3)}  # type: dict[int, set[float]]
+    for row, label in zip(expected.astype(np.float32), data.train_labels, strict=True):
+        key[int(label)].add(round(float(row[0]), 3))
+    assert all(round(float(r[0]), 3) in key[int(t)] for r, t in zip(x[:50], y[:50], strict=True))
+
+
+def test_sample_is_plain_fixed_and_mixed() -> None:
+    labels = np.repeat(np.arange(4), 15)  # sorted by class, as folder trees are
+    data = Dataset("sorted", pictures(60), labels, pictures(30), labels[:30])
+    loader = Loader(data, augment=Augment(4), batch_size=8)
+    (x, y), (u, _) = loader.sample(20), loader.sample(20)
+    assert torch.equal(x, u) and len(set(y.tolist())) == 4
+    known = {i.tobytes(): int(t) for i, t in zip(data.train_images, labels, strict=True)}
+    shown = [i.contiguous().numpy().tobytes() for i in raw(x, data).permute(0, 2, 3, 1)]
+    assert [known[i] for i in shown] == y.tolist()
+    in_order = Loader(data, "test", shuffle=False, batch_size=8).sample(5)
+    assert np.array_equal(raw(in_order[0], data).permute(0, 2, 3, 1).numpy(), data.test_images[:5])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"split": "valid"}, "split is 'valid'"),
+        ({"batch_size": 0}, "batch_size is 0"),
+        ({"batch_size": 61}, "batch_size is 61 but made has 60 train images"),
+        ({"memory": "disk"}, "memory is 'disk'"),
+        ({"device": "gpu"}, "device is 'gpu'"),
+        ({"augment": Augment(pad=12)}, "augment pads by 12 but made has a side of 12"),
+        ({"augment": "auto"}, "augment is 'auto'"),
+        ({"dataset": load("moons"), "augment": Augment()}, "moons holds vectors"),
+    ],
+)
+def test_loader_refuses(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=message) as error:
+        Loader(**{"dataset": made(), "batch_size": 8, **arguments})
+    one_sentence(error)
+
+
+def test_a_wrong_seed_is_refused_before_the_first_batch() -> None:
+    with pytest.raises(ValueError, match="seed is -1"):
+        Loader(made(), batch_size=8).epoch(-1, 0)
+    with pytest.raises(ValueError, match="n is 61"):
+        Loader(made(), batch_size=8).sample(61)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_cuda_delivers_the_batches_of_the_cpu() -> None:
+    for channels_last in (False, True):
+        cpu, cuda = (
+            Loader(
+                made(),
+                augment=Augment(3, cutout=4),
+                batch_size=8,
+                device=d,
+                channels_last=channels_last,
+            )
+            for d in ("cpu", "cuda")
+        )
+        for (x, y), (u, v) in zip(cpu.epoch(0, 0), cuda.epoch(0, 0), strict=True):
+            assert u.is_cuda and torch.allclose(x, u.cpu(), atol=1e-6) and torch.equal(y, v.cpu())
+
+
+# --------------------------------------------------------------------------- prepared caches
+
+
+@pytest.fixture
+def prepared(tmp_path: Path) -> Path:
+    """A prepared folder <root>/made."""
+    data = made()
+    write(tmp_path / "made", {part: getattr(data, part) for part in PARTS}, list("abcd"))
+    return tmp_path / "made"
+
+
+def test_a_prepared_folder_is_memory_mapped(prepared: Path) -> None:
+    data = load("made", prepared.parent)
+    assert isinstance(data.train_images, np.memmap)
+    assert np.array_equal(data.train_images, made().train_images)
+    assert data.classes == ("a", "b", "c", "d") and data.name == "made"
+    assert load(str(prepared)).classes == data.classes  # its path will do as well
+    assert prepare("made", prepared.parent) == prepared
+
+
+def test_statistics_are_kept_beside_the_images_and_follow_them(prepared: Path) -> None:
+    first = read(prepared)
+    assert first.mean == statistics(made().train_images)[0]
+    path = prepared / "statistics.json"
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps({**content, "mean": [0.1, 0.2, 0.3]}))
+    assert read(prepared).mean == (0.1, 0.2, 0.3)  # read, not computed
+    np.save(prepared / "train_images.npy", made().train_images // 2)
+    os.utime(prepared / "train_images.npy", ns=(1, 1))
+    assert read(prepared).mean == statistics(made().train_images // 2)[0]
+    path.write_text("{")
+    assert read(prepared).mean == statistics(made().train_images // 2)[0]
+
+
+def test_a_cache_that_cannot_be_written_is_read(
+    prepared: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError("read-only")
+
+    monkeypatch.setattr(Path, "write_text", refuse)
+    assert read(prepared).mean == statistics(made().train_images)[0]
+    assert not (prepared / "statistics.json").exists()
+
+
+def test_root_is_the_argument_then_the_variable_then_the_cache(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("MODLIB_DATA", str(tmp_path / "variable"))
+    assert root_folder(tmp_path / "argument") == tmp_path / "argument"
+    assert root_folder() == tmp_path / "variable"
+    monkeypatch.setenv("MODLIB_DATA", "")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert root_folder() == tmp_path / "modlib"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert root_folder() == Path.home() / ".cache" / "modlib"
+
+
+def cut_short(folder: Path) -> str:
+    path = folder / "train_images.npy"
+    path.write_bytes(path.read_bytes()[:-100])
+    return "train_images.npy cannot be read"
+
+
+def empty(folder: Path) -> str:
+    (folder / "test_labels.npy").write_bytes(b"")
+    return "test_labels.npy cannot be read"
+
+
+def nonsense(folder: Path) -> str:
+    (folder / "test_labels.npy").write_bytes(b"<html>not found</html>")
+    return "test_labels.npy cannot be read"
+
+
+def missing_labels(folder: Path) -> str:
+    (folder / "train_labels.npy").unlink()
+    return "train_labels.npy is missing"
+
+
+def missing_classes(folder: Path) -> str:
+    (folder / "classes.json").unlink()
+    return "classes.json is missing"
+
+
+def half_classes(folder: Path) -> str:
+    (folder / "classes.json").write_text('["a", "b"')
+    return "classes.json is not JSON"
+
+
+def wrong_classes(folder: Path) -> str:
+    (folder / "classes.json").write_text("{}")
+    return "classes.json is not a list of class names"
+
+
+def too_few_classes(folder: Path) -> str:
+    (folder / "classes.json").write_text('["a", "b"]')
+    return "train_labels run from 0 to 3 but there are 2 classes"
+
+
+def empty_class(folder: Path) -> str:
+    (folder / "classes.json").write_text('["a", "b", "c", "d", "e"]')
+    return "class 'e' has no training image"
+
+
+def disagreeing(folder: Path) -> str:
+    np.save(folder / "train_labels.npy", np.zeros(59, np.int64))
+    return "train_images has 60 rows but train_labels has 59"
+
+
+def float_pixels(folder: Path) -> str:
+    np.save(folder / "train_images.npy", np.zeros((60, 12, 12, 3), np.float32))
+    return "train_images is float32"
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        cut_short,
+        empty,
+        nonsense,
+        missing_labels,
+        missing_classes,
+        half_classes,
+        wrong_classes,
+        too_few_classes,
+        empty_class,
+        disagreeing,
+        float_pixels,
+    ],
+)
+@pytest.mark.parametrize("used_before", [False, True])
+def test_a_damaged_cache_is_explained_and_left_alone(
+    prepared: Path, spoil: Callable[[Path], str], used_before: bool
+) -> None:
+    if used_before:
+        read(prepared)
+    expected = spoil(prepared)
+    before = {p.name: p.read_bytes() for p in prepared.iterdir()}
+    with pytest.raises(ValueError, match=r"move the prepared folder away") as error:
+        load("made", prepared.parent)
+    message = one_sentence(error)
+    assert expected in message and str(prepared) in message
+    assert {p.name: p.read_bytes() for p in prepared.iterdir()} == before
+
+
+def test_a_failed_preparation_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt), writing(tmp_path / "set") as temporary:
+        (temporary / "train_images.npy").write_bytes(b"half")
+        raise KeyboardInterrupt
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_killed_preparation_leaves_nothing_that_is_read(
+    tmp_path: Path, tree: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    child = os.fork()
+    if child == 0:  # killed in the middle of the training images
+        calls = iter(range(100))
+
+        def decode(*arguments: Any) -> Any:
+            if next(calls) == 5:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return np.zeros((8, 8, 3), np.uint8)
+
+        monkeypatch.setattr(trees, "decode", decode)
+        trees.prepare_tree(tree, tmp_path / "root")
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    left = [p.name for p in (tmp_path / "root").iterdir()]
+    assert len(left) == 1 and left[0].startswith(".")  # it was at work, and it is hidden
+    assert len(load(str(tree), tmp_path / "root").train_labels) == 12
+
+
+def test_two_that_prepare_at_once_agree(tmp_path: Path) -> None:
+    data = made()
+    arrays = {part: getattr(data, part) for part in PARTS}
+    with writing(tmp_path / "set") as slower:
+        write(tmp_path / "set", arrays, list("abcd"))
+        (slower / "classes.json").write_text("[]")
+    assert [p.name for p in tmp_path.iterdir()] == ["set"]
+    assert read(tmp_path / "set").classes == ("a", "b", "c", "d")
+
+
+# --------------------------------------------------------------------------- by name
+
+
+@pytest.fixture
+def no_network(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Nothing can be reached; returns the addresses that were tried."""
+    tried: list[str] = []
+
+    def refuse(request: Any, *_: Any, **__: Any) -> None:
+        tried.append(getattr(request, "full_url", request))
+        raise URLError("Name or service not known")
+
+    monkeypatch.setattr("urllib.request.urlopen", refuse)
+    return tried
+
+
+@pytest.mark.parametrize(
+    "name", [name for name, source in sources.SOURCES.items() if source.prepare]
+)
+def test_without_a_network_the_message_says_what_to_do(
+    name: str, tmp_path: Path, no_network: list[str]
+) -> None:
+    for call in (load, prepare):
+        with pytest.raises(ConnectionError) as error:
+            call(name, tmp_path)
+        message = one_sentence(error)
+        for part in (
+            str(tmp_path / name),
+            f"modlib data {name} --root {tmp_path}",
+            "train_images.npy",
+            "classes.json",
+            "load('digits') works offline",
+            "not known",
+        ):
+            assert part in message
+    assert no_network and list(tmp_path.iterdir()) == []
+
+
+def test_every_mirror_of_cifar_is_tried(tmp_path: Path, no_network: list[str]) -> None:
+    with pytest.raises(ConnectionError):
+        load("cifar10", tmp_path)
+    tried = [next(i for i, u in enumerate(no_network) if m in u) for m in sources._CIFAR10]
+    assert tried == sorted(tried) and len(set(tried)) == 5
+    assert "toronto" in sources._CIFAR10[-1]  # the slow one comes last
+
+
+@pytest.mark.parametrize("name", ["imagewoof", "imagenet"])
+def test_sets_to_fetch_by_hand_are_explained(name: str, tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=f"does not download {name}") as error:
+        load(name, tmp_path)
+    assert str(tmp_path / name) in one_sentence(error) and "https://" in str(error.value)
+
+
+def fake_cifar(folder: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Any]:
+    """An archive laid out as CIFAR-10's, with ten images a batch, that torchvision accepts."""
+    inside = folder / "cifar-10-batches-py"
+    inside.mkdir(parents=True)
+    images = pictures(60, 32).transpose(0, 3, 1, 2).reshape(60, -1)
+    labels = [i % 10 for i in range(60)]
+    sums = {}
+    for i, name in enumerate([*(f"data_batch_{k}" for k in range(1, 6)), "test_batch"]):
+        part = slice(10 * i, 10 * i + 10)
+        content = pickle.dumps({"data": images[part], "labels": labels[part]})
+        (inside / name).write_bytes(content)
+        sums[name] = md5(content).hexdigest()
+    content = pickle.dumps({"label_names": list("abcdefghij")})
+    (inside / "batches.meta").write_bytes(content)
+    archive = folder / "cifar-10-python.tar.gz"
+    with tarfile.open(archive, "w:gz") as tar:
+        tar.add(inside, inside.name)
+    cifar = torchvision.datasets.CIFAR10
+    monkeypatch.setattr(cifar, "tgz_md5", md5(archive.read_bytes()).hexdigest())
+    monkeypatch.setattr(cifar, "train_list", [[n, s] for n, s in sums.items() if n != "test_batch"])
+    monkeypatch.setattr(cifar, "test_list", [["test_batch", sums["test_batch"]]])
+    monkeypatch.setattr(cifar, "meta", {**cifar.meta, "md5": md5(content).hexdigest()})
+    return archive, images
+
+
+@pytest.fixture
+def host(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Path], str]]:
+    """Serves a folder on this machine; returns its address."""
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    servers = []
+
+    class Quiet(SimpleHTTPRequestHandler):
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    def serve(folder: Path) -> str:
+        server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(folder)))
+        Thread(target=server.serve_forever, daemon=True).start()
+        servers.append(server)
+        return f"http://127.0.0.1:{server.server_port}"
+
+    yield serve
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+def test_cifar_comes_from_the_first_mirror_that_is_right(
+    tmp_path: Path,
+    host: Callable[[Path], str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    archive, images = fake_cifar(tmp_path / "host" / "right", monkeypatch)
+    wrong = tmp_path / "host" / "wrong" / archive.name
+    wrong.parent.mkdir()
+    wrong.write_bytes(b"not the archive")
+    mirrors = [f"{host(tmp_path / 'host')}/{d}/{archive.name}" for d in ("gone", "wrong", "right")]
+    source = sources.Source("", "", sources._from_torchvision("CIFAR10", mirrors))
+    monkeypatch.setitem(sources.SOURCES, "cifar10", source)
+    data = load("cifar10", tmp_path / "root")
+    expected = images.reshape(60, 3, 32, 32).transpose(0, 2, 3, 1)
+    assert np.array_equal(data.train_images, expected[:50])
+    assert np.array_equal(data.test_images, expected[50:])
+    assert data.test_labels.tolist() == list(range(10)) and data.classes == tuple("abcdefghij")
+    assert f"prepared in {tmp_path / 'root' / 'cifar10'}" in capsys.readouterr().out
+    assert [p.name for p in (tmp_path / "root").iterdir()] == ["cifar10"]  # no archive stays
+    load("cifar10", tmp_path / "root")
+    assert capsys.readouterr().out == ""  # found there the second time
+    mirrors[2] = mirrors[1]
+    with pytest.raises(ConnectionError, match="not found or corrupted"):
+        load("cifar10", tmp_path / "elsewhere")
+
+
+def stand_in(data: Any, labels: Any, by: str, classes: list[str] | None) -> type:
+    """A class with the face of a torchvision data set."""
+
+    class StandIn:
+        def __init__(self, root: str, download: bool, **split: Any) -> None:
+            part = slice(0, 8) if split in ({"train": True}, {"split": "train"}) else slice(8, 12)
+            self.data = data[part]
+            setattr(self, by, labels[part])
+            if classes:
+                self.classes = classes
+
+    return StandIn
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "layout", "by"),
+    [
+        ("mnist", "MNIST", "NHW", "targets"),
+        ("fashion-mnist", "FashionMNIST", "NHW", "targets"),
+        ("svhn", "SVHN", "NCHW", "labels"),
+        ("stl10", "STL10", "NCHW", "labels"),
+        ("cifar100", "CIFAR100", "NHWC", "targets"),
+    ],
+)
+def test_each_layout_of_torchvision_becomes_nhwc(
+    name: str, kind: str, layout: str, by: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = pictures(12, side=8, channels=1 if layout == "NHW" else 3)
+    labels = np.arange(12) % 4
+    data = {"NHW": images[..., 0], "NCHW": images.transpose(0, 3, 1, 2), "NHWC": images}[layout]
+    given = torch.from_numpy(data.copy()) if layout == "NHW" else data
+    names = ["0 - zero", "1 - one", "2 - two", "3 - three"]
+    fake = stand_in(given, labels.tolist(), by, None if name == "svhn" else names)
+    monkeypatch.setattr(torchvision.datasets, kind, fake)
+    if name == "svhn":  # ten classes, each of which needs an image
+        fake = stand_in(np.repeat(data, 2, 0)[:24], [*range(8), 8, 9, 0, 1], by, None)
+        with pytest.raises(ValueError, match="class '8' has no training image"):
+            monkeypatch.setattr(torchvision.datasets, kind, fake)
+            load(name, tmp_path)
+        stored = np.load(tmp_path / name / "train_images.npy")
+        assert np.array_equal(stored, np.repeat(images, 2, 0)[:8])
+        return
+    prepared = load(name, tmp_path)
+    assert np.array_equal(prepared.train_images, images[:8])
+    assert prepared.test_labels.tolist() == [0, 1, 2, 3]
+    assert prepared.classes == ("0", "1", "2", "3")
+
+
+def save(path: Path, image: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(image).save(path)
+
+
+def test_imagenette_is_prepared_in_the_size_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def unpack(url: str, folder: str, md5: str) -> None:
+        asked.append((url.rsplit("/", 1)[1], md5))
+        for split in ("train", "val"):
+            for wnid in ("n01440764", "n02102040"):
+                place = Path(folder) / Path(url).stem / split / wnid
+                save(place / f"{wnid}.JPEG", pictures(1, 40)[0])
+
+    monkeypatch.setattr("torchvision.datasets.utils.download_and_extract_archive", unpack)
+    data = load("imagenette", tmp_path)
+    assert data.shape == (3, 128, 128) and data.classes == ("tench", "English springer")
+    assert load("imagenette", tmp_path, size=24).shape == (3, 24, 24)
+    assert load("imagenette", tmp_path, size=200, classes=["tench"]).classes == ("tench",)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "imagenette",
+        "imagenette-200px",
+        "imagenette-24px",
+    ]
+    from torchvision.datasets import Imagenette
+
+    known = {url.rsplit("/", 1)[1]: s for url, s in Imagenette._ARCHIVES.values()}
+    assert asked and all(known[archive] == checksum for archive, checksum in asked)
+    assert {archive for archive, _ in asked} == {"imagenette2-160.tgz", "imagenette2-320.tgz"}
+
+
+def test_tiny_imagenet_finds_its_validation_labels(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    colour = {"n1": 10, "n2": 200}
+
+    def unpack(url: str, folder: str, md5: str) -> None:
+        tree = Path(folder) / "tiny-imagenet-200"
+        for wnid, grey in colour.items():
+            image = np.full((64, 64, 3), grey, np.uint8)
+            for i in range(3):
+                save(tree / "train" / wnid / "images" / f"{wnid}_{i}.JPEG", image)
+            save(tree / "val" / "images" / f"val_{grey}.JPEG", image)
+        (tree / "wnids.txt").write_text("n2\nn1\n")
+        (tree / "words.txt").write_text("n1\tcat, domestic cat\nn2\tdog\nn3\tcar\n")
+        table = "val_200.JPEG\tn2\t0\t0\t1\t1\nval_10.JPEG\tn1\t0\t0\t1\t1\n"
+        (tree / "val" / "val_annotations.txt").write_text(table)
+
+    monkeypatch.setattr("torchvision.datasets.utils.download_and_extract_archive", unpack)
+    data = load("tiny-imagenet", tmp_path)
+    assert data.classes == ("cat", "dog") and data.shape == (3, 64, 64)
+    for images, labels in (
+        (data.train_images, data.train_labels),
+        (data.test_images, data.test_labels),
+    ):
+        expected = np.array([10, 200])[labels]
+        assert np.abs(images.mean((1, 2, 3)) - expected).max() < 2
+    assert data.test_labels.tolist() == [1, 0]
+
+
+def test_classes_and_size_of_a_named_set(prepared: Path) -> None:
+    data = load("made", prepared.parent, classes=["d", "b"], size=6)
+    assert data.classes == ("d", "b") and data.shape == (3, 6, 6)
+    whole = load("made", prepared.parent)
+    assert len(data.train_labels) == (whole.train_labels % 2 == 1).sum()
+    kept = load("made", prepared.parent, classes=["d", "b"])
+    first = whole.train_images[whole.train_labels == 3][0]
+    assert np.array_equal(kept.train_images[kept.train_labels == 0][0], first)
+    assert kept.mean == statistics(kept.train_images)[0] and data.name == "made-2classes-6px"
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("cifar", {}, "did you mean 'cifar10'"),
+        ("nothing-like-it", {}, "known are digits, spirals"),
+        ("/no/such/folder", {}, "there is no such folder"),
+        ("digits", {"classes": ["ten"]}, "classes names 'ten'"),
+        ("digits", {"classes": []}, "at least one"),
+        ("digits", {"classes": ["1", "1"]}, "each class once"),
+        ("digits", {"classes": "12"}, "give a list of names"),
+        ("digits", {"size": 0}, "size is 0"),
+        ("spirals", {"size": 8}, "spirals holds vectors"),
+    ],
+)
+def test_load_refuses(name: str, options: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises((TypeError, ValueError), match=message) as error:
+        load(name, tmp_path, **options)
+    one_sentence(error)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_root_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match=r"root is .*file, where nothing can be written") as error:
+        load("cifar10", tmp_path / "file")
+    one_sentence(error)
+
+
+def test_every_name_is_explained(prepared: Path) -> None:
+    for name in (*modlib.data.names(), "imagewoof", "imagenet"):
+        assert explain(name, prepared.parent).startswith(f"{name}: ")
+    assert f"modlib data svhn --root {prepared.parent}" in explain("svhn", prepared.parent)
+    assert str(prepared) in explain("made", prepared.parent)
+    with pytest.raises(ValueError, match="did you mean 'mnist'"):
+        explain("minst", prepared.parent)
+    prepared.rename(prepared.parent / "svhn")
+    assert f"Prepared in {prepared.parent / 'svhn'}" in explain("svhn", prepared.parent)
+
+
+# --------------------------------------------------------------------------- folder trees
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Path:
+    """Folders train and val with classes ant, bee, cat: four and two 8x8 images in each."""
+    folder = tmp_path / "insects"
+    for split, n, seed in (("train", 4, 0), ("val", 2, 1)):
+        images = pictures(3 * n, 8, seed=seed).reshape(3, n, 8, 8, 3)
+        for name, group in zip(("ant", "bee", "cat"), images, strict=True):
+            for i, image in enumerate(group):
+                save(folder / split / name / f"{i}.png", image)
+    return folder
+
+
+def test_a_tree_becomes_memory_mapped_arrays(tree: Path, tmp_path: Path) -> None:
+    (tree / "train" / "ant" / "notes.txt").write_text("no image")
+    data = load(str(tree), tmp_path / "root")
+    assert np.array_equal(data.train_images, pictures(12, 8, seed=0))
+    assert np.array_equal(data.test_images, pictures(6, 8, seed=1))
+    assert data.train_labels.tolist() == [0] * 4 + [1] * 4 + [2] * 4
+    assert data.classes == ("ant", "bee", "cat") and isinstance(data.train_images, np.memmap)
+    assert data.name.startswith("insects-8px-")
+    assert load(data.name, tmp_path / "root").shape == (3, 8, 8)  # by the name it was given
+
+
+def test_a_tree_is_decoded_once_for_each_wish(
+    tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = tmp_path / "root"
+    load(str(tree), root)
+    few = load(str(tree), root, classes=["cat", "ant"], size=4)
+    assert few.classes == ("cat", "ant") and few.shape == (3, 4, 4)
+    assert few.name.startswith("insects-4px-2classes-")
+    assert np.allclose(
+        few.train_images[0].mean((0, 1)), pictures(12, 8)[8].mean((0, 1)), atol=12
+    )  # the first is a cat
+    monkeypatch.setattr(trees, "prepare_files", None)  # must not be called again
+    assert load(str(tree), root).shape == (3, 8, 8)
+    assert load(str(tree), root, classes=["cat", "ant"], size=4).name == few.name
+
+
+def test_trees_of_the_same_name_are_kept_apart(tree: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other" / "insects"
+    other.parent.mkdir()
+    tree_copy = [(p, other / p.relative_to(tree)) for p in tree.rglob("*.png")]
+    for old, new in tree_copy:
+        save(new, 255 - np.asarray(Image.open(old)))
+    a, b = load(str(tree), tmp_path / "root"), load(str(other), tmp_path / "root")
+    assert np.array_equal(a.train_images, 255 - np.asarray(b.train_images))
+
+
+def test_a_tree_that_changed_is_not_served_from_the_cache(tree: Path, tmp_path: Path) -> None:
+    folder = prepare(str(tree), tmp_path / "root")
+    save(tree / "val" / "bee" / "9.png", pictures(1, 8)[0])
+    os.utime(tree / "val" / "bee", ns=(2**62, 2**62))  # clocks may be coarse
+    with pytest.raises(ValueError, match=r"was prepared before .* last changed") as error:
+        load(str(tree), tmp_path / "root")
+    assert str(folder) in one_sentence(error) and folder.exists()
+
+
+def test_images_of_any_shape_and_mode_are_brought_to_one_size(tree: Path, tmp_path: Path) -> None:
+    wide = np.zeros((20, 40, 3), np.uint8)
+    wide[:, 8:32] = 255  # white in the middle, which a centre crop keeps
+    save(tree / "train" / "ant" / "0.png", wide)
+    save(tree / "train" / "ant" / "1.png", np.full((30, 10), 77, np.uint8))
+    Image.fromarray(np.full((9, 9, 4), 50, np.uint8), "CMYK").save(
+        tree / "train" / "ant" / "2.jpg", quality=100
+    )
+    data = load(str(tree), tmp_path / "root", size=8)
+    assert (data.train_images[0] == 255).all() and (data.train_images[1] == 77).all()
+    with pytest.raises(ValueError, match=r"not square .*40x20.*pass size=") as error:
+        load(str(tree), tmp_path / "root")
+    one_sentence(error)
+
+
+def other_shape(tree: Path) -> str:
+    save(tree / "train" / "cat" / "3.png", pictures(1, 9)[0])
+    return r"cat/3.png is 9x9 but others are 8x8; pass size="
+
+
+def broken_image(tree: Path) -> str:
+    path = tree / "val" / "bee" / "1.png"
+    path.write_bytes(path.read_bytes()[:60])
+    return r"val/bee/1.png cannot be read as an image"
+
+
+def broken_first(tree: Path) -> str:
+    (tree / "train" / "ant" / "0.png").write_text("<html>")
+    return r"train/ant/0.png cannot be read as an image"
+
+
+def empty_folder(tree: Path) -> str:
+    for path in (tree / "val" / "cat").iterdir():
+        path.unlink()
+    return r"val/cat holds no image"
+
+
+def odd_class(tree: Path) -> str:
+    (tree / "val" / "dog").mkdir()
+    return r"different classes \('dog' is in one only\)"
+
+
+def no_test(tree: Path) -> str:
+    (tree / "val").rename(tree / "hidden")
+    return "has no val or test folder"
+
+
+def flat_test(tree: Path) -> str:
+    (tree / "val").rename(tree / "hidden")
+    save(tree / "test" / "0.png", pictures(1, 8)[0])
+    return "has no val or test folder with a folder a class"
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [other_shape, broken_image, broken_first, empty_folder, odd_class, no_test, flat_test],
+)
+def test_a_tree_that_will_not_do_is_explained(
+    tree: Path, tmp_path: Path, spoil: Callable[[Path], str]
+) -> None:
+    expected = spoil(tree)
+    with pytest.raises(ValueError, match=expected) as error:
+        load(str(tree), tmp_path / "root")
+    assert str(tree) in one_sentence(error)
+    assert not any((tmp_path / "root").glob("*"))
+
+
+def test_an_unknown_class_of_a_tree_is_named(tree: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"names 'wasp' but .*train has no such folder") as error:
+        load(str(tree), tmp_path / "root", classes=["ant", "wasp"])
+    one_sentence(error)
+
+
+# --------------------------------------------------------------------------- real images
+
+
+def test_real_cifar10() -> None:
+    data = load("cifar10", real("cifar10").parent)
+    assert data.shape == (3, 32, 32) and len(data.train_labels) == 50_000
+    assert np.bincount(data.train_labels).tolist() == [5000] * 10
+    assert np.allclose(data.mean, (0.4914, 0.4822, 0.4465), atol=1e-3)  # as published everywhere
+    small = data.subset(n_train=1000, n_test=100)
+    x, _ = epoch(Loader(small, batch_size=500))
+    assert x.mean().abs() < 0.05 and (x.std() - 1).abs() < 0.05
+
+
+def test_real_tree_is_decoded_to_the_prepared_pixels(tmp_path: Path) -> None:
+    whole = load("tiny-imagenet-20", real("tiny-imagenet-20").parent)
+    folder = real("tiny-imagenet-20-folder")
+    name = sorted(p.name for p in (folder / "test").iterdir())[3]
+    data = load(str(folder), tmp_path, classes=[name])
+    first = sorted((folder / "test" / name).iterdir())[0]
+    position = int(first.stem)  # files are numbered in the order of the arrays
+    assert np.array_equal(data.test_images[0], whole.test_images[position])
+    assert len(data.train_labels) == 500 and data.shape == (3, 64, 64)
+
+
+def test_real_mnist() -> None:
+    data = load("mnist", real("mnist").parent)
+    assert data.shape == (1, 28, 28) and data.classes == tuple("0123456789")
+    assert default_augment(data) == Augment(pad=3, flip=False)
