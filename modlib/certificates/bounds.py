@@ -1,0 +1,196 @@
+r"""The least risk that any input module can reach: the global bounds of the theorems as numbers.
+
+Every number is the value of a *dual* problem at a feasible point, hence a lower bound however the point
+was found; the points are chosen optimal, so the bound is also reached. Binary losses (Theorem A): with
+the two class points at the greatest distance :math:`D` and a head of norm :math:`r`,
+
+.. math:: \min_b\; p_+ \ell(rD + b) + p_- \ell(-b) \;=\;
+          \max_{0 \le s}\; p_+ h(s / p_+) + p_- h(s / p_-) - s\, r D,
+
+where :math:`\ell(m) = \max_q\, h(q) - q m` (logistic: :math:`h` the binary entropy; hinge: :math:`h(q) = q`
+on :math:`[0, 1]`; squared hinge: :math:`h(q) = q - q^2/4`). With the penalty :math:`\lambda \lVert w
+\rVert^2` the last term becomes :math:`s^2 D^2 / 4 \lambda`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+from modlib.certificates.head import budget
+from modlib.certificates.losses import LOSSES
+from modlib.certificates.unbalanced import unbalanced_bound
+
+_BALANCED = 1e-12  # proportions that differ by no more are equal
+
+
+def global_bound(
+    loss: str,
+    proportions: Sequence[float],
+    floor: float,
+    feature_norm: float = 1.0,
+    head_norm: float | None = None,
+    penalty: float | None = None,
+) -> float:
+    """The least mean risk that any input module and any head in the budget can have: a lower bound.
+
+    Arguments:
+        loss: ``"cross_entropy"`` (softmax; a weight matrix of Frobenius norm ``head_norm`` and a free
+            bias), or ``"logistic"``, ``"hinge"``, ``"squared_hinge"`` (two classes; one weight vector of
+            norm ``head_norm`` and a free bias).
+        proportions: the share of each class; positive, summing to one. Their number is the number of
+            classes; for the binary losses the order does not matter.
+        floor: the least cosine that the kernel allows between features of different classes: -1 for the
+            whole sphere, 0 for normalised ReLU. A floor that not all pairs can attain at once is legal.
+        feature_norm: the norm ``α`` of every feature (a smaller norm is allowed too).
+        head_norm: the norm budget ``r``; or
+        penalty: ``λ`` of the penalty ``λ ||w||²`` (not halved) that is added to the risk and is part of
+            the returned number. Give exactly one of the two.
+
+    Returns:
+        The bound. Closed form for balanced classes and hinges; else the value at a dual feasible
+        point, within 1e-7 of the optimum (rounding is allowed for, downwards). For cross-entropy,
+        unbalanced classes, five classes or more and ``floor = 0`` the bound is true but perhaps not
+        reached: positive semidefinite and nonnegative relaxes completely positive.
+
+    Raises:
+        ValueError: for an argument outside its range, naming it.
+
+    Source: this book, Theorems A and C and the unbalanced program of the chapter on many classes.
+
+    >>> round(global_bound("cross_entropy", [0.5, 0.5], floor=0.0, head_norm=2.0), 5)
+    0.12693
+    >>> round(global_bound("cross_entropy", [0.5, 0.5], floor=-1.0, head_norm=2.0), 5)
+    0.05742
+    >>> round(global_bound("cross_entropy", [0.5, 0.5], floor=0.0, penalty=0.01), 5)
+    0.13742
+    """
+    shares = _checked(loss, proportions, floor, feature_norm)
+    limit = budget(head_norm, penalty)
+    floor = max(floor, -1.0)
+    if loss != "cross_entropy" or len(shares) == 2:
+        return _binary(loss, shares, floor, feature_norm, limit, penalty is not None)
+    if max(shares) - min(shares) <= _BALANCED:
+        return _balanced(len(shares), floor, feature_norm, limit, penalty is not None)
+    return unbalanced_bound(shares, floor, feature_norm, head_norm, penalty).value
+
+
+def _checked(
+    loss: str, proportions: Sequence[float], floor: float, feature_norm: float
+) -> list[float]:
+    if loss not in LOSSES:
+        raise ValueError(f"loss is {loss!r}: choose one of {', '.join(LOSSES)}")
+    shares = [float(p) for p in proportions]
+    if len(shares) < 2 or not all(math.isfinite(p) and p > 0 for p in shares):
+        raise ValueError(f"proportions are {_short(shares)}: give a positive share for each class")
+    if abs(sum(shares) - 1) > 1e-6:
+        raise ValueError(f"proportions sum to {sum(shares):.8g}: they must sum to one")
+    if loss != "cross_entropy" and len(shares) != 2:
+        raise ValueError(f"proportions has {len(shares)} entries: the {loss} loss has two classes")
+    if not (math.isfinite(floor) and floor <= 1):
+        raise ValueError(f"floor is {floor}: it must be a cosine, at most 1")
+    if not (math.isfinite(feature_norm) and feature_norm > 0):
+        raise ValueError(f"feature_norm is {feature_norm}: it must be positive and finite")
+    return [p / sum(shares) for p in shares]
+
+
+def _short(shares: list[float]) -> str:
+    return str(shares) if len(shares) <= 5 else f"{shares[:5]} and {len(shares) - 5} more"
+
+
+def _binary(
+    loss: str, shares: list[float], floor: float, norm: float, limit: float, penalised: bool
+) -> float:
+    """Theorem A; two-class cross-entropy is the logistic loss of the difference of two weight vectors.
+
+    ``||w_1 - w_2||² <= 2 ||W||²`` with equality for opposite vectors: head norm ``√2 r``, penalty ``λ/2``.
+    """
+    distance = norm * math.sqrt(2 * (1 - floor))
+    if loss == "cross_entropy":
+        loss, limit = "logistic", limit / 2 if penalised else limit * math.sqrt(2)
+    top = min(shares) * (math.inf if loss == "squared_hinge" else 1.0)
+    small, large = sorted(shares)
+    if penalised:
+        slope = distance**2 / (2 * limit)  # the derivative of s²D²/4λ is s times this
+
+        def price(s: float) -> float:
+            return slope * s
+
+        def cost(s: float) -> float:
+            return slope * s * s / 2
+    else:
+
+        def price(s: float) -> float:
+            return limit * distance
+
+        def cost(s: float) -> float:
+            return limit * distance * s
+
+    gain, rate = _ENTROPY[loss]
+
+    def marginal(s: float) -> float:  # derivative of the dual; decreasing in s
+        return rate(s / small) + rate(s / large) - price(s)
+
+    s = _root(marginal, top)
+    terms = [small * gain(s / small), large * gain(s / large), -cost(s)]
+    return lowered(terms)
+
+
+def lowered(terms: Sequence[float]) -> float:
+    """The sum of terms known to a few units of rounding, rounded down; not below zero."""
+    return max(0.0, math.fsum(terms) - 8e-16 * math.fsum(abs(t) for t in terms))
+
+
+def _logistic_gain(q: float) -> float:
+    return -q * math.log(q) - (1 - q) * math.log1p(-q) if 0 < q < 1 else 0.0
+
+
+def _logistic_rate(q: float) -> float:
+    if q <= 0:
+        return math.inf
+    return math.log1p(-q) - math.log(q) if q < 1 else -math.inf
+
+
+_ENTROPY: dict[str, tuple[Callable[[float], float], Callable[[float], float]]] = {
+    "logistic": (_logistic_gain, _logistic_rate),
+    "hinge": (lambda q: q, lambda q: 1.0),
+    "squared_hinge": (lambda q: q - q * q / 4, lambda q: 1 - q / 2),
+}
+
+
+def _root(decreasing: Callable[[float], float], top: float) -> float:
+    """The point of ``[0, top]`` where a decreasing function changes sign, bisected to rounding."""
+    if math.isinf(top):
+        top = 1.0
+        while decreasing(top) > 0:
+            top *= 2
+    low, high = 0.0, top
+    if decreasing(top) >= 0:
+        return top
+    for _ in range(2200):  # in the end relative: s may be as small as exp(-700)
+        middle = (low + high) / 2 if low > high / 4 else max(math.sqrt(low * high), high / 16)
+        if decreasing(middle) > 0:
+            low = middle
+        else:
+            high = middle
+        if high - low <= 4e-16 * high or high < 1e-305:
+            break
+    return low
+
+
+def _balanced(classes: int, floor: float, norm: float, limit: float, penalised: bool) -> float:
+    """Theorem C; the floor below ``-1/(C - 1)`` is not attainable by all pairs, the simplex is best."""
+    others = classes - 1
+    floor = max(floor, -1 / others)
+    scale = norm * math.sqrt((1 - floor) / others)
+    if not penalised:
+        return softplus(math.log(others) - limit * scale)
+    # max over q of  h(q) + q log(C-1) - q² scale² / 4λ
+    slope = scale**2 / (2 * limit)
+    q = _root(lambda q: _logistic_rate(q) + math.log(others) - slope * q, 1.0)
+    return lowered([_logistic_gain(q), q * math.log(others), -slope * q * q / 2])
+
+
+def softplus(x: float) -> float:
+    """``log(1 + exp(x))``"""
+    return x + math.log1p(math.exp(-x)) if x > 0 else math.log1p(math.exp(x))
