@@ -54,7 +54,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument(
         "--data", default="digits", help="an image data set (default: digits, embedded)"
     )
-    sub.add_argument("--epochs", type=int, default=5, help="epochs of every module (default: 5)")
+    sub.add_argument("--epochs", type=int, default=12, help="epochs of every module (default: 12)")
     sub.add_argument("--json", action="store_true", help='print {"rows": [...]} for machines')
     _common(sub)
 

@@ -6,13 +6,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from modlib import data as datasets
 from modlib import networks
 from modlib.audit import audit
 from modlib.data import Dataset, Loader
 from modlib.methods import E2EBP, LocalLearning, Method, ProxyObjective, sgd
-from modlib.network import ModularNetwork, partition
-from modlib.objectives import SupCon
+from modlib.network import partition
+from modlib.objectives import AuxiliaryClassifier, SupCon
 from modlib.training import fit, pick_device
 
 Row = dict[str, Any]
@@ -21,7 +23,7 @@ Row = dict[str, Any]
 def compare(
     data: str = "digits",
     *,
-    epochs: int = 5,
+    epochs: int = 12,
     seed: int = 0,
     root: str | Path | None = None,
     device: str = "auto",
@@ -46,50 +48,42 @@ def compare(
         raise ValueError(
             f"data={data!r} holds no images; choose an image data set such as 'digits'."
         )
+    x, y = Loader(dataset, device=pick_device(device)).sample(128)
     rows = []
     for method, cut in _entries():
-        net = _network(dataset, seed, cut)
-        rows.append(_row(method, net, dataset, epochs, seed, device, progress))
+        net = partition(_network(dataset, seed).to(x.device), cut, sample=x)
+        measured = audit(method, net, (x, y))
+        history = fit(
+            net, method, dataset, epochs=epochs, seed=seed, device=device, progress=progress
+        )
+        rows.append(
+            {
+                "method": measured.method,
+                "category": measured.category,
+                "test_accuracy": history.final["test_accuracy"],
+                "wall_s": round(sum(history.seconds), 3),
+                "peak_saved_bytes": measured.peak_saved_bytes,
+            }
+        )
     return rows
 
 
-def _entries() -> list[tuple[Method, Sequence[str]]]:
+def _entries() -> list[tuple[Method, int | Sequence[str]]]:
+    """One method of each category, and where it cuts the network."""
     hidden, output = sgd(0.1), sgd(1.0, weight_decay=0.0)
-    proxy = SupCon(temperature=0.1, kernel="relu-pool")
-    return [
-        (E2EBP(optimizer=sgd(0.5)), ["conv3"]),
-        (LocalLearning(optimizer=hidden), ["conv3"]),
-        (ProxyObjective(proxy, optimizer=[hidden, output]), ["features"]),
-    ]
+    local = LocalLearning(AuxiliaryClassifier("linear"), optimizer=[hidden, hidden, sgd(0.5)])
+    proxy = ProxyObjective(SupCon(0.1, "relu-pool"), optimizer=[hidden, output])
+    return [(E2EBP(optimizer=sgd(0.5)), 3), (local, 3), (proxy, ["features"])]
 
 
-def _network(data: Dataset, seed: int, cut: Sequence[str]) -> ModularNetwork:
+def _network(data: Dataset, seed: int) -> nn.Sequential:
     channels, size, _ = data.shape
-    widths, stride = ((16, 32), 1) if size < 28 else ((24, 48, 96), 2)
-    if size == 28:
-        stride = 1  # 28 → 14 → 7: the last map must not be smaller than its pooling window
-    net = networks.cnn(
-        widths, len(data.classes), channels=channels, size=size, stride=stride, seed=seed
+    small = size < 32  # few pixels: keep enough of them for the last map's 4×4 pooling
+    return networks.cnn(
+        (16, 32) if size < 16 else (24, 48, 96),
+        len(data.classes),
+        channels=channels,
+        size=size,
+        stride=1 if small else 2,
+        seed=seed,
     )
-    return partition(net, cut)
-
-
-def _row(
-    method: Method,
-    net: ModularNetwork,
-    data: Dataset,
-    epochs: int,
-    seed: int,
-    device: str,
-    progress: bool,
-) -> Row:
-    x, y = Loader(data, device=pick_device(device)).sample(128)
-    measured = audit(method, net.to(x.device), (x, y))
-    history = fit(net, method, data, epochs=epochs, seed=seed, device=device, progress=progress)
-    return {
-        "method": type(method).__name__,
-        "category": measured.category,
-        "test_accuracy": history.final["test_accuracy"],
-        "wall_s": round(sum(history.seconds), 3),
-        "peak_saved_bytes": measured.peak_saved_bytes,
-    }

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,17 @@ from modlib.experiments.recipes import CIFAR10, TUNED, Recipe
 from modlib.experiments.run import write
 from modlib.training import fit
 
-RATES = (0.03, 0.1, 0.3, 1.0, 3.0)
+LADDER = (
+    0.01,
+    0.03,
+    0.1,
+    0.3,
+    1.0,
+    3.0,
+    10.0,
+    30.0,
+)  # learning rates; the search starts in the middle
+START = (0.1, 0.3, 1.0)
 
 
 def held_out(data: Dataset, n_train: int, n_test: int) -> Dataset:
@@ -36,9 +47,9 @@ def held_out(data: Dataset, n_train: int, n_test: int) -> Dataset:
     )
 
 
-def tune(recipe: Recipe, lr: float, data: Dataset, epochs: int, output_epochs: int) -> float:
+def tune(recipe: Recipe, data: Dataset, epochs: int) -> float:
     """Validation accuracy (0..1) of one short run; 0 if it diverges."""
-    profile = dataclasses.replace(CIFAR10["cpu"], epochs=epochs, output_epochs=output_epochs)
+    profile = dataclasses.replace(CIFAR10["cpu"], epochs=epochs, output_epochs=epochs)
     x = torch.zeros(profile.batch_size, *data.shape)
     net = recipe.network(profile, data, seed=0, x=x)
     try:
@@ -55,6 +66,18 @@ def tune(recipe: Recipe, lr: float, data: Dataset, epochs: int, output_epochs: i
     return float(history.final["test_accuracy"])
 
 
+def search(accuracy: Callable[[float], float]) -> dict[float, float]:
+    """Try learning rates until the best has a worse one on either side."""
+    tried = {lr: accuracy(lr) for lr in START}
+    while True:
+        place = LADDER.index(max(tried, key=lambda lr: tried[lr]))
+        beside = [LADDER[i] for i in (place - 1, place + 1) if 0 <= i < len(LADDER)]
+        untried = [lr for lr in beside if lr not in tried]
+        if not untried:
+            return tried
+        tried[untried[0]] = accuracy(untried[0])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("names", nargs="*", help="recipes (default: all that are tuned)")
@@ -66,17 +89,17 @@ def main() -> None:
     torch.set_num_threads(1)
     data = held_out(datasets.load("cifar10"), options.n_train, options.n_test)
     out = Path(options.out)
+    table = json.loads(out.read_text()) if out.exists() else {}
+    table["settings"] = {
+        "data": f"cifar10, {options.n_train} training and {options.n_test} held-out images",
+        "epochs": options.epochs,
+    }
     for name in options.names or TUNED:
-        for lr in RATES:
-            accuracy = tune(TUNED[name](lr), lr, data, options.epochs, options.epochs)
-            print(f"{name:<32} lr {lr:<6} validation accuracy {accuracy:.4f}", flush=True)
-            table = json.loads(out.read_text()) if out.exists() else {"rows": []}
-            table["settings"] = {
-                "data": f"cifar10, {options.n_train} training and {options.n_test} held-out images",
-                "epochs": options.epochs,
-            }
-            table["rows"].append({"recipe": name, "lr": lr, "validation_accuracy": accuracy})
-            write(table, out)
+        make = TUNED[name]
+        tried = search(lambda lr, make=make: tune(make(lr), data, options.epochs))
+        table[name] = {str(lr): tried[lr] for lr in sorted(tried)}
+        print(name, table[name], flush=True)
+        write(table, out)
 
 
 if __name__ == "__main__":
