@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from types import TracebackType
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 
 class SavedBytes:
@@ -88,16 +88,3 @@ class _Held:
 
     def __del__(self) -> None:
         self._meter.release(self.tensor)
-
-
-def activation_bytes(layer: nn.Module, x: Tensor) -> tuple[int, Tensor]:
-    """Bytes that one layer's forward pass saves for its backward pass, and its output (detached).
-
-    Args:
-        layer: any module of one input and one output.
-        x: its input, batch first.
-    """
-    with torch.enable_grad(), SavedBytes(layer.parameters()) as memory:
-        # a copy, because a layer that works in place may not overwrite what it was given
-        out = layer(x.detach().requires_grad_(x.is_floating_point()).clone())
-    return memory.peak, out.detach()

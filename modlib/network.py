@@ -2,8 +2,7 @@
 
 Any network whose layers form a chain can be cut: ``nn.Sequential``, torchvision's ResNets and VGGs,
 or your own class, whose ``forward`` is traced to find the chain. Layers are shared with the network
-that
-was cut, not copied: training the modules trains the network.
+that was cut, not copied: training the modules trains the network.
 """
 
 from __future__ import annotations
@@ -11,15 +10,17 @@ from __future__ import annotations
 import copy
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
 
-from modlib.memory import activation_bytes
+from modlib.memory import SavedBytes
 
 Chain = list[tuple[str, nn.Module]]
+Costs = dict[tuple[int, int], float]  # (i, j) -> cost of layers i to j - 1 as one module
 
 
 class ModularNetwork(nn.Sequential):
@@ -54,13 +55,21 @@ class ModularNetwork(nn.Sequential):
 
         Runs the network once in eval mode, without gradients; changes nothing.
         """
-        training = {m: m.training for m in self.modules()}
-        self.eval()
+        with evaluating(self):
+            return [tuple(h.shape[1:]) for h in self.outputs(x)]
+
+
+@contextmanager
+def evaluating(net: nn.Module) -> Iterator[None]:
+    """Eval mode without gradients; afterwards every layer is back in the mode that it was in."""
+    training = {module: module.training for module in net.modules()}
+    net.eval()
+    try:
         with torch.no_grad():
-            shapes = [tuple(h.shape[1:]) for h in self.outputs(x)]
+            yield
+    finally:
         for module, mode in training.items():
             module.training = mode
-        return shapes
 
 
 def partition(
@@ -82,8 +91,8 @@ def partition(
         which a module begins no longer works in place, since its input is another module's output.
 
     Raises:
-        ValueError: K is larger than the number of layers, a name is unknown or out of order, or the
-            network is not a chain there.
+        ValueError: K is larger than the number of layers, a name is unknown or out of order, the
+            network is not a chain there, or two modules would share weights.
 
     >>> import torch, torchvision
     >>> resnet = torchvision.models.resnet18(num_classes=10)
@@ -92,14 +101,21 @@ def partition(
     >>> len(partition(resnet, modules=4, sample=torch.zeros(2, 3, 32, 32)))
     4
     """
+    if not isinstance(modules, int) and (isinstance(modules, str) or not _is_sequence(modules)):
+        raise TypeError(
+            f"modules={modules!r}: give a number of modules, or a list with the name of the layer "
+            "with which each later module begins."
+        )
     chain = _chain(net)
     if isinstance(modules, int):
         starts = _starts_by_count(chain, modules, sample)
     else:
         starts = _starts_by_name(chain, modules)
-    for start in starts:
-        _keep_input(chain[start][1])
-    return ModularNetwork([chain[a:b] for a, b in pairwise([*starts, len(chain)])])
+    parts = [chain[a:b] for a, b in pairwise([*starts, len(chain)])]
+    _check_unshared(parts)
+    for part in parts:
+        _keep_input(part[0][1])
+    return ModularNetwork(parts)
 
 
 def layer_names(net: nn.Module) -> list[str]:
@@ -115,8 +131,14 @@ def layer_names(net: nn.Module) -> list[str]:
 # --- where to cut ---------------------------------------------------------------------------------
 
 
+def _is_sequence(names: object) -> bool:
+    return isinstance(names, Sequence) and all(isinstance(name, str) for name in names)
+
+
 def _keep_input(layer: nn.Module) -> None:
-    if getattr(layer, "inplace", False):
+    if isinstance(layer, _Apply):
+        layer.kwargs.pop("inplace", None)
+    elif getattr(layer, "inplace", False):
         layer.inplace = False  # type: ignore[assignment]
 
 
@@ -143,29 +165,48 @@ def _starts_by_count(chain: Chain, modules: int, sample: Tensor | None) -> list[
             f"modules={modules}, but the network has {len(chain)} layers that can be separated; "
             f"choose between 1 and {len(chain)}."
         )
-    costs = [1] * len(chain) if sample is None else _measured_costs(chain, sample)
-    return _balanced_starts(costs, modules)
+    n = len(chain)
+    if sample is None:
+        costs = {(i, j): float(j - i) for i in range(n) for j in range(i + 1, n + 1)}
+    else:
+        costs = _measured_costs([layer for _, layer in chain], sample)
+    return _balanced_starts(costs, n, modules)
 
 
-def _measured_costs(chain: Chain, x: Tensor) -> list[int]:
-    costs = []
-    for _, layer in chain:
-        cost, x = activation_bytes(copy.deepcopy(layer), x)  # batch norm keeps its statistics
-        costs.append(cost)
+def _measured_costs(layers: list[nn.Module], x: Tensor) -> Costs:
+    """Run every part that begins with layer i as a module would run it: on an input without graph."""
+    layers = [layer.train() for layer in copy.deepcopy(layers)]  # batch norm keeps its statistics
+    weights = [p for layer in layers for p in layer.parameters()]
+    costs = {}
+    with torch.random.fork_rng(devices=[]), torch.enable_grad():  # dropout draws
+        for i, first in enumerate(layers):
+            h = x.clone()  # a first layer that works in place may not spoil the next part's input
+            with SavedBytes(weights) as memory:
+                for j, layer in enumerate(layers[i:], start=i + 1):
+                    h = _run(layer, h)
+                    costs[i, j] = float(memory.peak)
+            x = _run(first, x).detach()
     return costs
 
 
-def _balanced_starts(costs: Sequence[int], modules: int) -> list[int]:
-    """Cut ``costs`` into contiguous parts whose largest sum is least (dynamic programming)."""
-    n = len(costs)
-    best = [[0.0] + [float("inf")] * n]  # best[k][j]: least largest sum, first j layers in k parts
+def _run(layer: nn.Module, x: Tensor) -> Tensor:
+    try:
+        return cast(Tensor, layer(x))
+    except (RuntimeError, ValueError) as error:
+        raise ValueError(
+            f"sample: {type(layer).__name__} cannot train on a batch of shape {tuple(x.shape)} "
+            f"({str(error).splitlines()[0]}); give a few images like those to train on."
+        ) from error
+
+
+def _balanced_starts(costs: Costs, n: int, modules: int) -> list[int]:
+    """Cut n layers into contiguous parts whose largest cost is least (dynamic programming)."""
+    best = [[0.0] + [float("inf")] * n]  # best[k][j]: least largest cost, first j layers in k parts
     cut: list[list[int]] = [[0] * (n + 1)]
     for k in range(1, modules + 1):
         row, cuts = [float("inf")] * (n + 1), [0] * (n + 1)
         for j in range(k, n + 1):
-            row[j], cuts[j] = min(
-                (max(best[k - 1][i], float(sum(costs[i:j]))), i) for i in range(k - 1, j)
-            )
+            row[j], cuts[j] = min((max(best[k - 1][i], costs[i, j]), i) for i in range(k - 1, j))
         best.append(row)
         cut.append(cuts)
     starts, j = [], n
@@ -209,20 +250,22 @@ def _chain(net: nn.Module) -> Chain:
         layers = [layer for module in net for layer in module]
         names = [name for module in net.names for name in module]
         return list(zip(names, layers, strict=True))
-    if isinstance(net, nn.Sequential):
-        return _flattened(net)
-    return _traced(net)
+    if isinstance(net, nn.Sequential) and type(net).forward is nn.Sequential.forward:
+        chain = _flattened(net)
+    else:
+        chain = _traced(net)
+    if not chain:
+        raise ValueError("net: an empty network cannot be cut; give it at least one layer.")
+    return chain
 
 
 def _flattened(net: nn.Sequential, prefix: str = "") -> Chain:
     chain: Chain = []
-    for name, layer in net.named_children():
+    for name, layer in net._modules.items():  # named_children() leaves out a layer's second use
         if type(layer) is nn.Sequential:
             chain += _flattened(layer, f"{prefix}{name}.")
-        else:
+        elif layer is not None:
             chain.append((prefix + name, layer))
-    if not chain:
-        raise ValueError("net: an empty network cannot be cut; give it at least one layer.")
     return chain
 
 
@@ -237,35 +280,45 @@ def _traced(net: nn.Module) -> Chain:
     chain: Chain = []
     previous: fx.Node | None = None
     for node in graph.nodes:
-        if node.op == "output":
-            break
         if node.op != "placeholder":
             _check_chain(net, node, previous)
-            chain.append((node.name, _layer(net, node)))
-            if node.op == "call_module":
-                chain[-1] = (str(node.target), chain[-1][1])
+        if node.op not in ("placeholder", "output"):
+            used = any(name == node.target for name, _ in chain)
+            name = str(node.target) if node.op == "call_module" and not used else node.name
+            chain.append((name, _layer(net, node)))
         previous = node
-    _check_unshared(chain)
     return chain
 
 
 def _check_chain(net: nn.Module, node: fx.Node, previous: fx.Node | None) -> None:
-    if node.op == "get_attr" or node.all_input_nodes != [previous] or node.args[:1] != (previous,):
+    """Is this node a function of the previous node's output alone, and of one of it?"""
+    first, *others = *node.args, *node.kwargs.values(), None
+    used_again: list[fx.Node] = []
+    fx.node.map_arg(others, used_again.append)
+    if node.op == "get_attr" or first is not previous or used_again:
         raise ValueError(
             f"net: {type(net).__name__} is not a chain at {node.name!r}, which uses something other "
-            "than the layer before it; put skip connections and extra inputs inside one layer."
+            "than the layer before it; put skip connections and extra inputs inside one layer, and "
+            "flatten with torch.flatten(x, 1)."
+        )
+    if "dropout" in node.name and node.op == "call_function":
+        raise ValueError(
+            f"net: {type(net).__name__} calls a dropout function, which would stay in the mode it "
+            "is cut in; use the layer nn.Dropout."
         )
 
 
-def _check_unshared(chain: Chain) -> None:
-    owner: dict[int, str] = {}
-    for name, layer in chain:
-        for parameter in layer.parameters():
-            if owner.setdefault(id(parameter), name) != name:
-                raise ValueError(
-                    f"net: {owner[id(parameter)]!r} and {name!r} share weights, so no cut between "
-                    "them isolates a module; give each its own."
-                )
+def _check_unshared(parts: list[Chain]) -> None:
+    owner: dict[int, tuple[int, str]] = {}
+    for number, part in enumerate(parts):
+        for name, layer in part:
+            for tensor in (*layer.parameters(), *layer.buffers()):
+                module, other = owner.setdefault(id(tensor), (number, name))
+                if module != number:
+                    raise ValueError(
+                        f"net: {other!r} and {name!r} share weights, so no cut between them isolates "
+                        "a module; give each its own."
+                    )
 
 
 def _layer(net: nn.Module, node: fx.Node) -> nn.Module:
