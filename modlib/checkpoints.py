@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-import pickle
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -44,9 +44,9 @@ class Checkpoint:
         if not self.path.exists():
             return None
         try:
-            state: State = torch.load(self.path, weights_only=True, map_location="cpu")
-            settings = state.pop("settings")
-        except (RuntimeError, OSError, EOFError, KeyError, pickle.UnpicklingError) as error:
+            state = _read_whole(self.path)
+            settings = dict(state.pop("settings"))
+        except Exception as error:  # whatever a damaged file makes its reader stumble over
             raise ValueError(
                 f"checkpoint: {self.path} is damaged and cannot be read; move it away to start anew "
                 "(it was left as it is)."
@@ -64,11 +64,23 @@ def save_whole(state: State, path: Path) -> None:
     """Write a state whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with open(temporary, "wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)  # what an interruption has left
+
+
+def _read_whole(path: Path) -> State:
+    """Read a state back; raises if a single bit of it has changed, which torch does not check."""
+    with zipfile.ZipFile(path) as archive:
+        if broken := archive.testzip():
+            raise zipfile.BadZipFile(broken)
+    state: State = torch.load(path, weights_only=True, map_location="cpu")
+    return state
 
 
 def random_state() -> State:

@@ -140,8 +140,7 @@ class FeatureMap(nn.Module):
     r"""The first layer of an output module: :math:`\varphi(u) = \mathrm{act}(u)/\lVert\mathrm{act}(u)\rVert`.
 
     Maps (N, d) or (N, C, H, W) to unit vectors (N, D). It has no parameters and stays in the
-    deployed
-    network, whichever method trains it: the theorems are about networks that contain it.
+    deployed network, whichever method trains it: the theorems are about networks that contain it.
 
     Args:
         kernel: "relu", "tanh", "sigmoid", "relu-pool" or "cosine".

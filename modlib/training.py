@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from modlib import checkpoints
 from modlib.data import Augment, Dataset, Loader, default_augment
 from modlib.data.loader import Split
 from modlib.methods import Method, Stage
-from modlib.network import ModularNetwork, partition
+from modlib.network import ModularNetwork, evaluating
 
 Schedule = Callable[[float], float]
 Row = dict[str, Any]
@@ -71,7 +72,10 @@ class _Settings:
     schedule: str
     precision: str
     augment: str
+    channels_last: bool
     method: str
+    objectives: str
+    optimizers: str
     data: str
 
 
@@ -115,7 +119,8 @@ def fit(
         checkpoint: a file that holds the run's state after every epoch.
         resume: go on from the checkpoint, if there is one.
         progress: show a progress bar.
-        after_epoch: called with the network and the epoch's row, to which it may add measurements.
+        after_epoch: called with the network and the epoch's row, to which it may add measurements
+            (plain Python numbers, so that a checkpoint can hold them).
 
     Returns:
         The history; the network is trained in place and left in eval mode.
@@ -126,9 +131,12 @@ def fit(
             epoch.
     """
     device = pick_device(device)
-    net = net if isinstance(net, ModularNetwork) else partition(net, 1)
+    net = net if isinstance(net, ModularNetwork) else ModularNetwork([[("net", net)]])
     augmentation = _augment(augment, data)
-    _check_positive("batch_size", batch_size)
+    _check_whole("batch_size", batch_size, 1)
+    _check_whole("seed", seed, 0)
+    if resume and checkpoint is None:
+        raise ValueError("resume=True needs a checkpoint to go on from; give checkpoint=PATH.")
     factor = _schedule(schedule)
     precision = _precision(precision, device)
     layout = torch.channels_last if channels_last else torch.contiguous_format
@@ -141,8 +149,6 @@ def fit(
         augment=augmentation or False,
         channels_last=channels_last,
     )
-    if len(loader) == 0:
-        raise ValueError(f"batch_size={batch_size} is larger than the {loader.n} training images.")
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         sample, _ = loader.sample(min(batch_size, 8))
@@ -156,10 +162,14 @@ def fit(
             schedule if isinstance(schedule, str) else "function",
             precision,
             repr(augmentation),
-            f"{type(method).__name__} of {len(net)} modules in {len(stages)} stages",
+            channels_last,
+            _describe_method(method, net, stages),
+            _listed(f"{type(o).__name__}({o.extra_repr()})" for s in stages for o in s.objectives),
+            _listed(f"{type(o).__name__} {o.defaults}" for s in stages for o in s.optimizers),
             f"{data.name} ({loader.n} images)",
         )
         for stage in stages:
+            stage.check(loader)
             _set_precision(stage, precision, device)
         run = _Run(net, stages, settings, factor, History())
         if checkpoint is not None:
@@ -276,19 +286,26 @@ class _Run:
 
     def _restore(self) -> tuple[int, int]:
         """Load the checkpoint, if there is one; where to go on: (stage, epoch)."""
-        state = None if self.checkpoint is None else self.checkpoint.load()
-        if state is None:
-            if self.checkpoint is not None:  # so that an interrupted first epoch leaves a file too
-                self.checkpoint.save(self._state(0, 0))
+        if self.checkpoint is None:
             return 0, 0
-        self.net.load_state_dict(state["net"])
-        self.stages[state["stage"]].load_state_dict(state["stage_state"])
+        state = self.checkpoint.load()
+        if state is None:  # save, so that an interrupted first epoch leaves a file too
+            self.checkpoint.save(self._state(0, 0))
+            return 0, 0
+        try:
+            self.net.load_state_dict(state["net"])
+            self.stages[state["stage"]].load_state_dict(state["stage_state"])
+        except (RuntimeError, ValueError) as error:
+            raise ValueError(
+                f"checkpoint: {self.checkpoint.path} holds another network's weights "
+                f"({str(error).splitlines()[0]}); build the network it was written for, or give "
+                "another path."
+            ) from error
         self.history = History(state["rows"], state["seconds"])
         checkpoints.set_random_state(state["random"])
         return state["stage"], state["epoch"]
 
 
-@torch.no_grad()
 def evaluate(
     net: nn.Module, data: Dataset, split: Split = "test", batch_size: int = 500
 ) -> Evaluation:
@@ -308,17 +325,12 @@ def evaluate(
     loader = Loader(
         data, split, batch_size, device=reference.device, shuffle=False, drop_last=False
     )
-    training = net.training
-    net.eval()
-    correct, loss = (
-        torch.zeros((), device=reference.device),
-        torch.zeros((), device=reference.device),
-    )
-    for x, y in loader.epoch(0, 0):
-        logits = net(x.to(reference.dtype)).float()
-        correct += (logits.argmax(1) == y).sum()
-        loss += F.cross_entropy(logits, y, reduction="sum")
-    net.train(training)
+    correct, loss = torch.zeros(2, device=reference.device)
+    with evaluating(net):
+        for x, y in loader.epoch(0, 0):
+            logits = net(x.to(reference.dtype)).float()
+            correct += (logits.argmax(1) == y).sum()
+            loss += F.cross_entropy(logits, y, reduction="sum")
     return Evaluation(correct.item() / loader.n, loss.item() / loader.n, loader.n)
 
 
@@ -384,26 +396,35 @@ def _schedule(schedule: str | Schedule) -> Schedule:
 
 
 def _epochs(epochs: int | Sequence[int], stages: int) -> tuple[int, ...]:
-    lengths = (epochs,) * stages if isinstance(epochs, int) else tuple(epochs)
+    lengths = tuple(epochs) if isinstance(epochs, Sequence) else (epochs,) * stages
     if len(lengths) != stages:
         raise ValueError(
             f"epochs={list(lengths)} has {len(lengths)} numbers, but the method trains in {stages} "
             "stages; give one number for all, or one for each."
         )
     for length in lengths:
-        _check_positive("epochs", length)
+        _check_whole("epochs", length, 1)
     return lengths
 
 
-def _check_positive(name: str, value: int) -> None:
-    if value < 1:
-        raise ValueError(f"{name}={value}: give a whole number of at least 1.")
+def _check_whole(name: str, value: int, least: int) -> None:
+    if not isinstance(value, Integral) or value < least:
+        raise ValueError(f"{name}={value!r}: give a whole number of at least {least}.")
+
+
+def _describe_method(method: Method, net: ModularNetwork, stages: Sequence[Stage]) -> str:
+    options = {k: v for k, v in vars(method).items() if isinstance(v, (int, float, str))}
+    return f"{type(method).__name__} {options} of {len(net)} modules in {len(stages)} stages"
+
+
+def _listed(descriptions: Iterable[str]) -> str:
+    return ", ".join(dict.fromkeys(descriptions))
 
 
 def _check_output(net: ModularNetwork, sample: Tensor, data: Dataset) -> None:
     try:
         shape = net.shapes(sample)[-1]
-    except RuntimeError as error:
+    except (RuntimeError, ValueError, IndexError) as error:
         raise ValueError(
             f"net: it cannot run on images of shape {tuple(sample.shape[1:])} of {data.name!r} "
             f"({str(error).splitlines()[0]}); build it for that shape."

@@ -22,20 +22,22 @@ class CachingStage(Stage):
         super().__init__(*args)
         self.views = views
 
-    def batches(self, batches: Batches, seed: int) -> Batches:
-        """Features in place of inputs.
+    def check(self, batches: Batches) -> None:
+        """Refuse randomly augmented inputs, unless the number of views is given.
 
         Raises:
-            ValueError: the inputs are randomly augmented and the number of views is not given: one
-                stored view would silently switch the augmentation off.
+            ValueError: one stored view would silently switch the augmentation off.
         """
-        if not self.frozen:
-            return batches
-        if batches.random and self.views is None:
+        if self.frozen and batches.random and self.views is None:
             raise ValueError(
                 "cache_features=True would freeze the random augmentation at one view; give views=V "
                 "(how many augmented copies to store), or train with augment=None."
             )
+
+    def batches(self, batches: Batches, seed: int) -> Batches:
+        """Features in place of inputs."""
+        if not self.frozen:
+            return batches
         frozen, self.frozen = self.frozen, []
         for module in frozen:
             module.eval()

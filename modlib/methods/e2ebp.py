@@ -39,4 +39,6 @@ class E2EBP(Method):
         self.objective = CrossEntropy() if objective is None else objective
 
     def stages(self, net: ModularNetwork, x: Tensor) -> list[Stage]:
-        return [Stage([net], [self.objective], self.make_optimizers([[net, self.objective]]))]
+        (classes,) = net.shapes(x)[-1]
+        objective = self.objective.for_module((classes,), classes).to(x.device)
+        return [Stage([net], [objective], self.make_optimizers([[net, objective]]))]

@@ -83,8 +83,9 @@ class LocalLearning(Method):
     def objectives(self, net: ModularNetwork, x: Tensor) -> list[Objective]:
         """The K objectives, on the device of x and with parameters to fit each module's output."""
         *hidden, (classes,) = net.shapes(x)
-        local = [self.objective.for_module(shape, classes).to(x.device) for shape in hidden]
-        return [*local, self.output]
+        local = [self.objective.for_module(shape, classes) for shape in hidden]
+        output = self.output.for_module((classes,), classes)
+        return [objective.to(x.device) for objective in (*local, output)]
 
     def _stage(
         self, modules: list[nn.Module], k: int, objective: Objective, optimizer: Optimizer

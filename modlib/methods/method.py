@@ -120,6 +120,9 @@ class Stage:
             x = module(x)
         return x
 
+    def check(self, batches: Batches) -> None:
+        """Refuse what this stage cannot train on; called before anything is trained."""
+
     def batches(self, batches: Batches, seed: int) -> Batches:
         """What to train on, given batches of the network's input; a stage may cache features."""
         return batches
@@ -176,7 +179,10 @@ class Method:
                 f"optimizer: {len(makers)} given for {len(owners)} modules that are trained apart; "
                 "give one for all, or one for each."
             )
-        return [
-            make([p for owner in group for p in owner.parameters()])
-            for make, group in zip(makers, owners, strict=True)
-        ]
+        parameters = [[p for owner in group for p in owner.parameters()] for group in owners]
+        if [] in parameters:
+            raise ValueError(
+                f"net: module {parameters.index([])} has nothing to train; cut the network so that "
+                "every module has parameters."
+            )
+        return [make(group) for make, group in zip(makers, parameters, strict=True)]

@@ -39,8 +39,7 @@ class DifferenceTargetPropagation(Method):
 
     Raises:
         ValueError: (when training starts) fewer than three modules, or a hidden output that is not
-        a
-            vector (N, d).
+            a vector (N, d).
 
     >>> import modlib, torch
     >>> net = modlib.networks.mlp([64, 32, 32, 10], activation=torch.nn.Tanh, boundary="after")
@@ -89,7 +88,7 @@ class DifferenceTargetPropagation(Method):
 
 
 class TargetStage(Stage):
-    """All modules and their inverses in each step.
+    """All modules and their inverses in each step, in float32: targets are small differences.
 
     ``inverses[k]`` maps the output of module k+1 back to the output of module k: the first module
     needs no inverse, the last one gets the loss itself.
