@@ -26,14 +26,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         options.command(options)
+        sys.stdout.flush()
     except KeyboardInterrupt:
         print(f"\nmodlib: interrupted. {options.hint}", file=sys.stderr)
         return 130
-    except (ValueError, TypeError, FloatingPointError, OSError) as error:
-        print(f"modlib: {error}", file=sys.stderr)
-        return 1
     except BrokenPipeError:  # the reader of our output went away, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (ValueError, TypeError, FloatingPointError, OSError) as error:
+        print(f"modlib: {error}", file=sys.stderr)
         return 1
     return 0
 
