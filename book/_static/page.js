@@ -1,5 +1,6 @@
 // What the theme leaves open for keyboards and screen readers.
 document.addEventListener("DOMContentLoaded", () => {
+  document.querySelector(".bd-sidebar-primary")?.setAttribute("role", "complementary");
   // Wide formulas, outputs and tables scroll inside themselves: let the keyboard reach them.
   const wide = "div.math, .cell_output pre, div.highlight > pre, .pst-scrollable-table-container";
   const reach = () => {

@@ -1,12 +1,12 @@
-"""What the book's pages need beyond Jupyter Book: chapter numbers, launch links, offline assets."""
+"""What the book's pages need beyond Jupyter Book: numbers, launch links, offline assets, accessibility."""
 
 from sphinx.application import Sphinx
 
-from book_pages import chapters, launch, offline, unique
+from book_pages import accessible, chapters, launch, offline
 
 
 def setup(app: Sphinx) -> dict[str, bool]:
     """Connect the parts to Sphinx."""
-    for part in (chapters, launch, offline, unique):
+    for part in (accessible, chapters, launch, offline):
         part.connect(app)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -1,0 +1,315 @@
+"""What holds the project together: one list of dependencies, one address, tidy notebooks."""
+
+import ast
+import json
+import re
+import runpy
+import shutil
+import subprocess
+import sys
+import tomllib
+import types
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from packaging.requirements import Requirement
+
+ROOT = Path(__file__).parents[1]
+NOTEBOOKS = sorted((ROOT / "book").glob("*.ipynb"))
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+address = runpy.run_path(str(ROOT / "tools/address.py"))
+tidy = runpy.run_path(str(ROOT / "tools/tidy.py"))["tidy"]
+
+
+def tracked() -> list[Path]:
+    """The files of the project: as git knows them, or in an unpacked archive as they lie there."""
+    run = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
+    if run.returncode == 0 and run.stdout:
+        return [ROOT / name for name in run.stdout.splitlines() if (ROOT / name).is_file()]
+    made = {".venv", ".data", "_build"}
+    return [
+        path
+        for path in ROOT.rglob("*")
+        if path.is_file() and not made & set(path.relative_to(ROOT).parts)
+    ]
+
+
+def cells(notebook: Path, kind: str = "code") -> list[dict[str, Any]]:
+    return [cell for cell in json.loads(notebook.read_text())["cells"] if cell["cell_type"] == kind]
+
+
+# --- dependencies ----------------------------------------------------------------------------
+
+
+def test_dependencies_have_no_upper_pins() -> None:
+    for text in PROJECT["dependencies"]:
+        operators = {specifier.operator for specifier in Requirement(text).specifier}
+        assert operators <= {">=", "!="}, f"{text}: an upper pin ages faster than the code"
+
+
+def test_library_imports_only_its_dependencies() -> None:
+    declared = {Requirement(text).name for text in PROJECT["dependencies"]}
+    names = {"scikit-learn": "sklearn", "pillow": "PIL"}
+    allowed = {names.get(name, name) for name in declared} | set(sys.stdlib_module_names)
+    allowed |= {"modlib", "cycler"}  # cycler is Matplotlib's, and part of its interface
+    for path in (ROOT / "modlib").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            modules = []
+            if isinstance(node, ast.Import):
+                modules = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom) and node.level == 0:
+                modules = [node.module or ""]
+            for module in modules:
+                assert module.split(".")[0] in allowed, f"{path} imports {module}: not a dependency"
+
+
+def test_conda_environment_refers_to_the_one_list() -> None:
+    environment = yaml.safe_load((ROOT / "environment.yml").read_text())
+    assert environment["dependencies"] == ["python>=3.11", "pip", {"pip": ["-e .[book,test]"]}]
+    assert PROJECT["requires-python"] == ">=3.11"
+
+
+def test_nothing_sends_a_reader_to_the_other_modlib() -> None:
+    assert PROJECT["name"] == "modlib-book"
+    for path in tracked():
+        if (
+            path.suffix in {".md", ".py", ".ipynb", ".yml", ".toml", ".cff"}
+            or path.name == "Makefile"
+        ):
+            found = re.search(r"pip install [^\n`;|]*\bmodlib(?![\w.-])", path.read_text())
+            assert found is None, f"{path} says {found and found[0]!r}"
+
+
+def test_version_is_the_same_everywhere() -> None:
+    import modlib
+
+    version = PROJECT["version"]
+    assert modlib.__version__ == version
+    assert yaml.safe_load((ROOT / "CITATION.cff").read_text())["version"] == version
+    assert f"Version {version}" in (ROOT / "book/how-to-use.md").read_text()
+    config = yaml.safe_load((ROOT / "_config.yml").read_text())["sphinx"]["config"]
+    assert version.startswith(config["version"])
+
+
+def test_no_large_file_is_tracked() -> None:
+    for path in tracked():
+        assert path.stat().st_size < 3_000_000, f"{path} is too large for a repository"
+
+
+# --- the address -----------------------------------------------------------------------------
+
+
+def test_address_is_written_where_it_is_needed() -> None:
+    for path, text in address["derived"](ROOT).items():
+        assert path.read_text() == text, f"{path} is out of date; run: python tools/address.py"
+
+
+@pytest.fixture
+def copy(tmp_path: Path) -> Path:
+    """The files that carry the address, with an address set."""
+    (tmp_path / "book").mkdir()
+    for path in [
+        *NOTEBOOKS,
+        *(ROOT / name for name in ("_config.yml", "CITATION.cff", "CONTRIBUTING.md")),
+    ]:
+        shutil.copy(path, tmp_path / path.relative_to(ROOT))
+    config = tmp_path / "_config.yml"
+    text = re.sub(
+        r'  url: ".*"', '  url: "https://github.com/someone/something"', config.read_text()
+    )
+    config.write_text(re.sub(r"  branch: .*", "  branch: trunk", text))
+    return tmp_path
+
+
+def test_one_setting_reaches_every_place(copy: Path) -> None:
+    files = address["derived"](copy)
+    assert len(files) == len(NOTEBOOKS) + 2
+    for path, text in files.items():
+        assert "https://github.com/someone/something" in text, (
+            f"{path.name} does not get the address"
+        )
+        if path.suffix == ".ipynb":
+            path.write_text(text)
+            install = "git+https://github.com/someone/something@trunk"
+            assert install in "".join(cells(path)[0]["source"])
+
+
+def test_address_can_be_unset_again(copy: Path) -> None:
+    for path, text in address["derived"](copy).items():
+        path.write_text(text)
+    shutil.copy(ROOT / "_config.yml", copy)
+    for path, text in address["derived"](copy).items():
+        assert text == (ROOT / path.relative_to(copy)).read_text()
+
+
+# --- the first cell --------------------------------------------------------------------------
+
+
+class Halt(Exception):
+    """Raised by the fake pip, so that a test sees what would have been installed."""
+
+
+def run_first_cell(
+    monkeypatch: pytest.MonkeyPatch, *, colab: bool, modlib: object, url: str = ""
+) -> str:
+    """Run the cell with a fake Colab, a fake pip and a fake modlib; return what pip was asked for."""
+    asked: list[str] = []
+    code = re.sub(r"%pip install (.*)", r"pip(f'\1')", address["first_cell"](url, "main"))
+    if colab:
+        google = types.ModuleType("google.colab")
+        google.files = types.SimpleNamespace(upload=lambda: {"modlib-book (1).zip": b""})  # type: ignore[attr-defined]
+        monkeypatch.setitem(sys.modules, "google.colab", google)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: modlib)
+    monkeypatch.setitem(sys.modules, "modlib", modlib)  # type: ignore[arg-type]
+
+    def pip(words: str) -> None:
+        asked.append(words)
+        monkeypatch.setitem(sys.modules, "modlib", types.SimpleNamespace(partition=None))  # type: ignore[arg-type]
+
+    exec(compile(code, "first cell", "exec"), {"pip": pip, "print": lambda *words: None})
+    return asked[0] if asked else ""
+
+
+OURS = types.SimpleNamespace(partition=None)
+ANOTHER = types.SimpleNamespace(something_else=None)
+
+
+@pytest.mark.parametrize(
+    ("colab", "modlib", "url", "asked"),
+    [
+        (True, None, "", '--quiet "./modlib-book (1).zip"'),
+        (True, None, "https://x/y", '--quiet "modlib-book @ git+https://x/y@main"'),
+        (True, OURS, "", ""),
+        (False, OURS, "", ""),
+    ],
+)
+def test_first_cell_installs_only_what_is_missing(
+    monkeypatch: pytest.MonkeyPatch, colab: bool, modlib: object, url: str, asked: str
+) -> None:
+    assert run_first_cell(monkeypatch, colab=colab, modlib=modlib, url=url) == asked
+
+
+@pytest.mark.parametrize("modlib", [None, ANOTHER])
+def test_first_cell_explains_a_missing_or_another_modlib(
+    monkeypatch: pytest.MonkeyPatch, modlib: object
+) -> None:
+    with pytest.raises(ImportError, match="holds another project of that name"):
+        run_first_cell(monkeypatch, colab=False, modlib=modlib)
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebook_begins_with_the_first_cell(notebook: Path) -> None:
+    settings = yaml.safe_load((ROOT / "_config.yml").read_text())["repository"]
+    first = cells(notebook)[0]
+    assert "".join(first["source"]) == address["first_cell"](settings["url"], settings["branch"])
+    assert {"hide-input", "remove-cell"} & set(first["metadata"].get("tags", []))
+
+
+# --- notebooks -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebook_is_tidy_and_complete(notebook: Path) -> None:
+    text = notebook.read_text()
+    assert tidy(text) == text, f"run: python tools/tidy.py {notebook.relative_to(ROOT)}"
+    counts = [
+        cell["execution_count"] for cell in cells(notebook) if "".join(cell["source"]).strip()
+    ]
+    assert counts == list(range(1, len(counts) + 1)), (
+        "run it from top to bottom and store the outputs"
+    )
+    for cell in cells(notebook):
+        failed = any(output["output_type"] == "error" for output in cell["outputs"])
+        assert not failed or "raises-exception" in cell["metadata"].get("tags", [])
+    widgets = json.loads(text)["metadata"].get("widgets", {})
+    assert all("state" in value for value in widgets.values()), "GitHub cannot show this notebook"
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebook_uses_the_public_face_only(notebook: Path) -> None:
+    for cell in cells(notebook):
+        source = re.sub(r"^\s*[%!].*$", "pass", "".join(cell["source"]), flags=re.MULTILINE)
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("modlib"):
+                private = [a.name for a in node.names if a.name.startswith("_")]
+                assert not private and "._" not in str(node.module), ast.unparse(node)
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
+def test_every_picture_in_a_notebook_is_described(notebook: Path) -> None:
+    for cell in cells(notebook):
+        data = [output.get("data", {}) for output in cell["outputs"]]
+        if any("image/png" in each and "text/html" not in each for each in data):
+            alt = cell["metadata"].get("mystnb", {}).get("image", {}).get("alt", "")
+            assert len(alt) > 20, f"a figure without alt text: {''.join(cell['source'])[:80]!r}"
+
+
+def test_tidy_makes_two_runs_equal() -> None:
+    def run(first: str, second: str, stamp: str) -> str:
+        state = {
+            f"{second}": {"model_name": "Slider"},
+            f"{first}": {"children": [f"IPY_MODEL_{second}"]},
+        }
+        cell = {
+            "cell_type": "code",
+            "metadata": {"execution": {"iopub.execute_input": stamp}},
+            "outputs": [{"data": {"view": {"model_id": first}}}],
+        }
+        widgets = {
+            "application/vnd.jupyter.widget-state+json": {"state": state, "version_major": 2}
+        }
+        info = {"name": "python", "version": stamp}
+        return json.dumps(
+            {"cells": [cell], "metadata": {"language_info": info, "widgets": widgets}}
+        )
+
+    one, two = run("a" * 32, "b" * 32, "3.11"), run("f" * 32, "0" * 31 + "c", "3.12")
+    assert tidy(one) == tidy(two) == tidy(tidy(one))
+    assert "3.11" not in tidy(one) and "Slider" in tidy(one)
+
+
+# --- the table of contents -------------------------------------------------------------------
+
+
+def test_contents_list_every_page_once() -> None:
+    contents = yaml.safe_load((ROOT / "_toc.yml").read_text())
+    listed = [contents["root"]] + [
+        c["file"] for part in contents["parts"] for c in part["chapters"]
+    ]
+    pages = {
+        f"book/{path.stem}"
+        for path in (ROOT / "book").glob("*")
+        if path.suffix in {".md", ".ipynb"}
+    }
+    assert sorted(listed) == sorted(pages)
+    chapters = [name for name in listed if re.search(r"/ch\d\d$", name)]
+    assert chapters == sorted(chapters)
+
+
+@pytest.mark.parametrize(
+    "notebook", [n for n in NOTEBOOKS if n.stem.startswith("ch")], ids=lambda path: path.stem
+)
+def test_chapter_title_leaves_its_number_to_the_file(notebook: Path) -> None:
+    first = "".join(cells(notebook, "markdown")[0]["source"])
+    assert re.match(r"# (?!Chapter|\d)", first), f"title: {first.splitlines()[0]!r}"
+
+
+def test_citation_keys_exist() -> None:
+    known = set(
+        re.findall(r"^@\w+\{(\w+),", (ROOT / "book/references.bib").read_text(), re.MULTILINE)
+    )
+    assert len(known) > 20
+    texts = [path.read_text() for path in (ROOT / "book").glob("*.md")]
+    texts += ["".join("".join(c["source"]) for c in cells(path, "markdown")) for path in NOTEBOOKS]
+    for text in texts:
+        for keys in re.findall(r"\{cite(?::\w+)?\}`([^`]+)`", text):
+            assert set(re.split(r",\s*", keys)) <= known
+
+
+def test_makefile_sets_up_only_when_the_dependencies_change() -> None:
+    rules = (ROOT / "Makefile").read_text().splitlines()
+    assert "$(STAMP): pyproject.toml" in rules
+    for target in ("compare", "pages", "check", "notebooks"):
+        assert f"{target}: $(STAMP)" in rules
