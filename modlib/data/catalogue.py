@@ -76,30 +76,29 @@ def prepare(
     *,
     classes: Sequence[str] | None = None,
     size: int | None = None,
-) -> Path:
+) -> Path | None:
     """Make sure that a data set lies prepared on disk, and say where.
 
     Args:
-        name: as for ``load``; embedded sets need no preparation.
+        name: as for ``load``.
         root: as for ``load``.
         classes: as for ``load``.
         size: as for ``load``.
 
     Returns:
-        The prepared folder, which has been read and found whole.
+        The prepared folder, which has been read and found whole; None for an embedded set.
 
     Raises:
-        ValueError: for an embedded set, and as ``load``.
+        ValueError: as ``load``.
         FileNotFoundError: as ``load``.
         ConnectionError: as ``load``.
 
-    >>> prepare("digits")
-    Traceback (most recent call last):
-    ValueError: name is 'digits', which is embedded and needs no preparation; load it.
+    >>> prepare("digits") is None
+    True
     """
     _check_wishes(classes, size)
     if name in EMBEDDED:
-        raise ValueError(f"name is {name!r}, which is embedded and needs no preparation; load it.")
+        return None
     folder, _ = _ensure(name, root_folder(root), classes, size)
     read(folder)
     return folder
@@ -123,32 +122,27 @@ def explain(name: str, root: Root = None) -> str:
     if name in EMBEDDED:
         return f"{name}: embedded, works offline: modlib.data.load({name!r})"
     place = root_folder(root)
-    if name not in SOURCES:
-        if (place / name).is_dir():
-            return f"{name}: prepared in {place / name}"
-        raise _unknown(name, place)
-    source, folder = SOURCES[name], place / name
-    about = f"{name}: {source.about}\n{source.page}\n"
+    folder, source = _folder(name, place), SOURCES.get(name)
+    about = f"{name}: {source.about}\n{source.page}\n" if source else f"{name}: "
     if folder.is_dir():
-        return about + f"Prepared in {folder}."
+        state = (
+            f"a folder tree, prepared in {place}" if is_tree(folder) else f"prepared in {folder}"
+        )
+        return f"{about}{state}"
+    if source is None:
+        raise _unknown(name, place)
     if source.prepare is None:
         return about + _by_hand(name)
-    return about + f"Not prepared in {folder} yet: {_how(name, place)}"
+    return f"{about}not prepared in {folder} yet: {_how(name, place)}"
 
 
 def _ensure(
     name: str, root: Path, classes: Sequence[str] | None, size: int | None
 ) -> tuple[Path, bool]:
     """The prepared folder, and whether it holds those classes in that size already."""
-    source = SOURCES.get(name)
-    if os.sep in name or "/" in name or name.startswith(("~", ".")):
-        folder = Path(name).expanduser().absolute()
-        if not folder.is_dir():
-            raise ValueError(f"name is {name!r} but there is no such folder; check the path.")
-    else:
-        folder = root / name
-        if source and source.size and size not in (None, source.size):
-            folder = root / f"{name}-{size}px"
+    source, folder = SOURCES.get(name), _folder(name, root)
+    if source and source.size and size not in (None, source.size):
+        folder = root / f"{name}-{size}px"
     if folder.is_dir():
         if is_tree(folder):
             return prepare_tree(folder, root, classes, size), True
@@ -157,6 +151,16 @@ def _ensure(
         raise _unknown(name, root)
     _fetch(name, source, folder, size)
     return folder, False
+
+
+def _folder(name: str, root: Path) -> Path:
+    """Where a name points: into root, unless it is a path."""
+    if os.sep not in name and "/" not in name and not name.startswith(("~", ".")):
+        return root / name
+    folder = Path(name).expanduser().absolute()
+    if not folder.is_dir():
+        raise ValueError(f"name is {name!r} but there is no such folder; check the path.")
+    return folder
 
 
 def _fetch(name: str, source: Source, folder: Path, size: int | None) -> None:
