@@ -318,8 +318,8 @@ class _Watch:
         self.events: list[Event] = []
         self.forward_bytes = [0] * len(net)
         self.backward_bytes = [0] * len(net)
-        parameters = [p for m in [net, *stage.objectives] for p in m.parameters()]
-        self.memory = SavedBytes(parameters)
+        owners = [net, *stage.objectives]
+        self.memory = SavedBytes(t for m in owners for t in (*m.parameters(), *m.buffers()))
         self._pass = -1
         self._stack = ExitStack()
 

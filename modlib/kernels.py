@@ -29,6 +29,11 @@ def _relu_pool(u: Tensor) -> Tensor:
     return F.avg_pool2d(F.relu(u), _POOL)
 
 
+def wide(h: Tensor) -> Tensor:
+    """h in float32, or in its own precision where that is higher."""
+    return h.float() if h.dtype.itemsize < 4 else h
+
+
 @dataclass(frozen=True)
 class Kernel:
     r"""A kernel on module outputs, normalised so that every output is at distance 1 from the origin.
@@ -49,8 +54,12 @@ class Kernel:
         return features @ features.T
 
     def features(self, h: Tensor) -> Tensor:
-        """Feature vectors (N, D) of norm 1; raises TypeError where the kernel has no finite map."""
-        return F.normalize(_ACTIVATIONS[self.name](h).flatten(1), dim=1, eps=1e-12)
+        """Feature vectors (N, D) of norm 1, in float32 at least (a norm in float16 may be 0 or ∞).
+
+        Raises:
+            TypeError: the kernel has no finite map.
+        """
+        return F.normalize(_ACTIVATIONS[self.name](wide(h)).flatten(1), dim=1, eps=1e-12)
 
 
 @dataclass(frozen=True)
@@ -75,7 +84,7 @@ class Gaussian(Kernel):
         object.__setattr__(self, "width", float(width))
 
     def gram(self, h: Tensor) -> Tensor:
-        h = h.flatten(1)
+        h = wide(h).flatten(1)
         squares = h.square().sum(1)
         distances = squares[:, None] + squares[None, :] - 2 * h @ h.T
         return torch.exp(-distances.clamp_min(0) / (2 * self.width**2))

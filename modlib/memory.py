@@ -18,8 +18,8 @@ from torch import Tensor
 class SavedBytes:
     """Context manager that measures what autograd holds for backward passes.
 
-    Each storage is counted once, however many operations saved it; parameters are not counted,
-    because they exist whether or not a backward pass will come.
+    Each storage is counted once, however many operations saved it; parameters (and batch norm's
+    running statistics) are not counted, because they exist whether or not a backward pass will come.
 
     Args:
         parameters: tensors whose storage is not counted.

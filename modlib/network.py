@@ -176,7 +176,7 @@ def _starts_by_count(chain: Chain, modules: int, sample: Tensor | None) -> list[
 def _measured_costs(layers: list[nn.Module], x: Tensor) -> Costs:
     """Run every part that begins with layer i as a module would run it: on an input without graph."""
     layers = [layer.train() for layer in copy.deepcopy(layers)]  # batch norm keeps its statistics
-    weights = [p for layer in layers for p in layer.parameters()]
+    weights = [t for layer in layers for t in (*layer.parameters(), *layer.buffers())]
     costs = {}
     with torch.random.fork_rng(devices=[]), torch.enable_grad():  # dropout draws
         for i, first in enumerate(layers):
@@ -223,16 +223,22 @@ class _Apply(nn.Module):
     """A function between two layers (``torch.flatten`` in torchvision's forward) as a layer."""
 
     def __init__(
-        self, function: Callable[..., Any] | str, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self,
+        function: Callable[..., Any] | str,
+        args: Sequence[Any],
+        kwargs: dict[str, Any],
+        position: int,
     ) -> None:
         super().__init__()
         self.function, self.args, self.kwargs = function, args, kwargs
+        self.position = position  # of the input among the arguments
 
     def forward(self, x: Tensor) -> Tensor:
-        function = (
-            getattr(type(x), self.function) if isinstance(self.function, str) else self.function
-        )
-        return cast(Tensor, function(x, *self.args, **self.kwargs))
+        function = self.function
+        if isinstance(function, str):
+            function = getattr(type(x), function)
+        args = (*self.args[: self.position], x, *self.args[self.position :])
+        return cast(Tensor, function(*args, **self.kwargs))
 
     def extra_repr(self) -> str:
         return str(self.function)
@@ -291,11 +297,11 @@ def _traced(net: nn.Module) -> Chain:
 
 
 def _check_chain(net: nn.Module, node: fx.Node, previous: fx.Node | None) -> None:
-    """Is this node a function of the previous node's output alone, and of one of it?"""
-    first, *others = *node.args, *node.kwargs.values(), None
-    used_again: list[fx.Node] = []
-    fx.node.map_arg(others, used_again.append)
-    if node.op == "get_attr" or first is not previous or used_again:
+    """Does this node use the previous one's output, once, and nothing else that is computed?"""
+    used: list[fx.Node] = []
+    fx.node.map_arg((node.args, node.kwargs), used.append)
+    layer_of_more = node.op == "call_module" and len(node.args) + len(node.kwargs) > 1
+    if used != [previous] or previous not in node.args or layer_of_more:
         raise ValueError(
             f"net: {type(net).__name__} is not a chain at {node.name!r}, which uses something other "
             "than the layer before it; put skip connections and extra inputs inside one layer, and "
@@ -324,7 +330,9 @@ def _check_unshared(parts: list[Chain]) -> None:
 def _layer(net: nn.Module, node: fx.Node) -> nn.Module:
     if node.op == "call_module":
         return net.get_submodule(str(node.target))
-    return _Apply(node.target, tuple(node.args[1:]), dict(node.kwargs))
+    (position,) = (i for i, arg in enumerate(node.args) if isinstance(arg, fx.Node))
+    others = (*node.args[:position], *node.args[position + 1 :])
+    return _Apply(node.target, others, dict(node.kwargs), position)
 
 
 def _attribute_names(chain: Chain) -> list[tuple[str, nn.Module]]:

@@ -60,11 +60,8 @@ class ProxyLoss(Objective):
 
     def forward(self, h: Tensor, y: Tensor) -> Tensor:
         same = _same(h, y, positives=not (self.negatives_only or self.diagonal) or self.balanced)
-        with torch.autocast(
-            h.device.type, enabled=False
-        ):  # similarities near 1 need all their digits
-            gram = self.kernel.gram(h.float() if h.dtype.itemsize < 4 else h)
-            return self.loss(gram, same)
+        with torch.autocast(h.device.type, enabled=False):  # values near 1 need all their digits
+            return self.loss(self.kernel.gram(h), same)
 
     def loss(self, gram: Tensor, same: Tensor) -> Tensor:
         """The objective from a Gram matrix (B, B) and the mask (B, B) of equal labels."""

@@ -1,0 +1,32 @@
+"""What the tests share: one thread, small embedded data, and real data where there is any."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from modlib.data import Dataset, load
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    """Two workers on two cores, and sums in one order."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def digits() -> Dataset:
+    """512 training and 200 test images of 8×8 digits."""
+    return load("digits").subset(n_train=512, n_test=200)
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """The folder of prepared real data sets; tests that need it are skipped without it."""
+    folder = os.environ.get("MODLIB_DATA")
+    if not folder:
+        pytest.skip("needs real data: set MODLIB_DATA to a folder of prepared data sets")
+    return Path(folder)

@@ -1,0 +1,318 @@
+"""Cutting a network: nothing is lost, nothing is copied, and the balanced cut is the best one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import combinations, pairwise
+
+import pytest
+import torch
+import torchvision
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from modlib import networks
+from modlib.network import ModularNetwork, layer_names, partition
+
+
+class Plain(nn.Module):
+    """A chain as people write it: functions between layers, one activation used twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.features = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(inplace=True))
+        self.conv = nn.Conv2d(4, 4, 3, stride=2)
+        self.act = nn.ReLU()
+        self.hidden = nn.Linear(4 * 2 * 2, 8)
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.act(self.conv(self.features(x)))
+        x = torch.flatten(x, 1)
+        x = F.relu(self.hidden(x), inplace=True).mul(2.0)
+        return self.head(self.act(x))
+
+
+class Skip(Plain):
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.features(x)
+        return self.head(self.hidden((self.conv(x) + self.conv(x)).flatten(1)))
+
+
+class Doubled(nn.Sequential):
+    """An nn.Sequential that does more than its layers."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+def shared_activation() -> nn.Sequential:
+    act = nn.ReLU()
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 8), act, nn.Linear(8, 8), act, nn.Linear(8, 3))
+
+
+CHAINS: dict[str, Callable[[], nn.Module]] = {
+    "cnn": lambda: networks.cnn((4, 8), 3, channels=1, size=8, stride=1, kernel="relu", seed=0),
+    "mlp": lambda: networks.mlp([64, 8, 8, 8, 3], kernel="tanh", seed=0),
+    "own class": Plain,
+    "activation used twice": shared_activation,
+    "nested": lambda: nn.Sequential(nn.Flatten(), nn.Sequential(nn.Linear(64, 3), nn.Sequential())),
+    "own forward": lambda: Doubled(nn.Flatten(), nn.Linear(64, 3)),
+}
+
+
+def assert_same_network(whole: nn.Module, cut: ModularNetwork, x: Tensor) -> None:
+    """Equal outputs in eval and in training mode, and the very same parameters in the same order."""
+    assert [id(p) for p in cut.parameters()] == [id(p) for p in whole.parameters()]
+    for mode in (False, True):
+        outputs = []
+        for net in (whole, cut):
+            net.train(mode)
+            torch.manual_seed(0)  # for dropout
+            outputs.append(net(x.clone()))
+        torch.testing.assert_close(outputs[0], outputs[1], rtol=0, atol=0)
+    assert torch.equal(cut.outputs(x)[-1].detach(), outputs[1].detach()) or has_dropout(whole)
+
+
+def has_dropout(net: nn.Module) -> bool:
+    return any(isinstance(m, nn.Dropout) for m in net.modules())
+
+
+@pytest.mark.parametrize("name", CHAINS)
+def test_any_cut_of_a_chain_is_the_same_network(name: str) -> None:
+    whole = CHAINS[name]()
+    x = torch.randn(4, 1, 8, 8)
+    layers = layer_names(whole)
+    for count in range(1, len(layers) + 1):
+        cut = partition(whole, count)
+        assert len(cut) == count
+        assert [n for names in cut.names for n in names] == layers
+        assert_same_network(whole, cut, x)
+        assert partition(whole, [names[0] for names in cut.names[1:]]).names == cut.names
+
+
+# torchvision's VGGs carry a classifier of 100 million weights: a small one in its place
+def vgg(name: str) -> nn.Module:
+    with torch.device("meta"):
+        net = getattr(torchvision.models, name)(num_classes=10)
+        net.classifier = nn.Sequential(
+            nn.Linear(512 * 49, 16), nn.ReLU(True), nn.Dropout(), nn.Linear(16, 10)
+        )
+    net = net.to_empty(device="cpu")
+    for tensor in (*net.parameters(), *net.buffers()):
+        nn.init.uniform_(tensor, 0.0, 0.02) if tensor.is_floating_point() else tensor.zero_()
+    return net
+
+
+@pytest.mark.parametrize(
+    ("name", "cuts"),
+    [
+        ("resnet18", ["layer1.1", "layer3.0", "avgpool"]),
+        ("resnet50", ["bn1", "layer2.0", "layer4.2"]),
+        ("vgg11", ["features.1", "features.8", "classifier.1"]),
+        ("vgg16_bn", ["features.2", "features.24", "flatten"]),
+    ],
+)
+def test_torchvision_networks_can_be_cut(name: str, cuts: list[str]) -> None:
+    torch.manual_seed(0)
+    whole = vgg(name) if "vgg" in name else getattr(torchvision.models, name)(num_classes=10)
+    cut = partition(whole, cuts)
+    assert [names[0] for names in cut.names[1:]] == cuts
+    assert_same_network(whole, cut, torch.rand(2, 3, 32, 32))
+
+
+def test_training_the_modules_trains_the_network() -> None:
+    whole = Plain()
+    cut = partition(whole, 3)
+    with torch.no_grad():
+        next(cut[2].parameters()).add_(1.0)
+    assert torch.equal(whole.eval()(torch.ones(2, 1, 8, 8)), cut.eval()(torch.ones(2, 1, 8, 8)))
+
+
+def test_no_module_overwrites_another_modules_output() -> None:
+    """A module that begins with an activation in place is handed somebody else's tensor."""
+    for cuts in (["features.2", "relu"], ["features.2", "hidden", "relu"]):
+        cut = partition(Plain(), cuts).eval()
+        given = torch.randn(4, 1, 8, 8)
+        outputs = cut.outputs(given)
+        again = given
+        for module, output in zip(cut, outputs, strict=True):
+            again = module(again).detach().clone()
+            assert torch.equal(output, again)
+
+
+def test_a_cut_network_can_be_cut_anew() -> None:
+    whole = Plain()
+    cut = partition(partition(whole, 3), ["conv", "head"])
+    assert [names[0] for names in cut.names] == ["features.0", "conv", "head"]
+    assert_same_network(whole, cut, torch.randn(4, 1, 8, 8))
+
+
+# --- balanced by memory ---------------------------------------------------------------------------
+
+
+def held_by(module: nn.Module, x: Tensor) -> int:
+    """Bytes of all the storages that a forward pass of one module saves, its weights excluded."""
+    saved: dict[int, Tensor] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        saved[tensor.untyped_storage().data_ptr()] = tensor.detach()
+        return tensor.detach()
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        out = module(x.detach())
+    own = {t.untyped_storage().data_ptr() for t in (*module.parameters(), *module.buffers())}
+    assert out is not None  # the graph is alive until here
+    return sum(t.untyped_storage().nbytes() for a, t in saved.items() if a not in own)
+
+
+def largest_module(net: ModularNetwork, x: Tensor) -> int:
+    costs = []
+    for module in net.train():
+        costs.append(held_by(module, x))
+        x = module(x).detach()
+    return max(costs)
+
+
+def uneven() -> nn.Sequential:
+    """Layers that save what their neighbours save, or nothing when a module begins with them."""
+    return nn.Sequential(
+        nn.Conv2d(3, 6, 3, padding=1), nn.BatchNorm2d(6), nn.ReLU(), nn.MaxPool2d(2),
+        nn.Conv2d(6, 12, 3, padding=1), nn.ReLU(), nn.AvgPool2d(2), nn.Dropout(),
+        nn.Flatten(), nn.Linear(12 * 64, 24), nn.ReLU(), nn.Linear(24, 5),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("modules", [2, 3, 4])
+@pytest.mark.parametrize(
+    "build", [uneven, lambda: networks.cnn((4, 8), 5, stride=1, kernel="relu", seed=0)]
+)
+def test_balanced_cut_has_the_least_largest_module(
+    build: Callable[[], nn.Module], modules: int
+) -> None:
+    net, x = build(), torch.randn(3, 3, 32, 32)
+    layers = layer_names(net)
+    best = min(
+        largest_module(partition(net, list(cuts)), x)
+        for cuts in combinations(layers[1:], modules - 1)
+    )
+    assert largest_module(partition(net, modules, sample=x), x) == best
+
+
+def test_balanced_cut_of_a_resnet_beats_the_even_one() -> None:
+    net = torchvision.models.resnet18(num_classes=10)
+    x = torch.randn(2, 3, 32, 32)
+    balanced, even = partition(net, 3, sample=x), partition(net, 3)
+    assert largest_module(balanced, x) < largest_module(even, x)
+
+
+def test_measuring_changes_nothing() -> None:
+    net = uneven()
+    net[1].eval()  # somebody's frozen batch norm
+    before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+    state = torch.get_rng_state()
+    cut = partition(net, 3, sample=torch.randn(4, 3, 32, 32, generator=torch.Generator()))
+    cut.shapes(torch.zeros(4, 3, 32, 32))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in net.state_dict().items())
+    assert [layer.training for layer in net] == [i != 1 for i in range(len(net))]
+
+
+def test_shapes_are_the_outputs_shapes() -> None:
+    cut = partition(uneven(), ["4", "9"])
+    x = torch.zeros(2, 3, 32, 32)
+    assert cut.shapes(x) == [tuple(h.shape[1:]) for h in cut.outputs(x)]
+    assert cut.shapes(x) == [(6, 16, 16), (768,), (5,)]
+
+
+# --- what cannot be cut ---------------------------------------------------------------------------
+
+
+class Broken(Plain):
+    """A chain whose forward is replaced by each test."""
+
+    def __init__(self, forward: Callable[[Plain, Tensor], object]) -> None:
+        super().__init__()
+        self._forward = forward
+
+    def forward(self, x: Tensor) -> object:  # type: ignore[override]
+        return self._forward(self, x)
+
+
+def branch(net: Plain, x: Tensor) -> Tensor:
+    return net.conv(x) if x.sum() > 0 else net.features(x)
+
+
+NO_CHAIN: dict[str, tuple[Callable[[Plain, Tensor], object], str]] = {
+    "skip": (lambda net, x: net.head(x + net.act(x)), "not a chain at 'add'"),
+    "square": (lambda net, x: net.head(x * x), "not a chain at 'mul'"),
+    "size": (lambda net, x: net.head(x.view(x.size(0), -1)), r"torch.flatten\(x, 1\)"),
+    "unused layer": (lambda net, x: (net.head(x), net.act(x))[0], "not a chain at 'act'"),
+    "two outputs": (lambda net, x: (net.head(x), x), "not a chain at 'output'"),
+    "weight": (lambda net, x: x @ net.head.weight, "not a chain at 'head_weight'"),
+    "keyword": (lambda net, x: net.head(input=x), "not a chain at 'head'"),
+    "branch": (branch, "cannot be followed"),
+    "dropout": (lambda net, x: net.head(F.dropout(x, 0.5, net.training)), "nn.Dropout"),
+}
+
+
+@pytest.mark.parametrize("case", NO_CHAIN)
+def test_what_is_no_chain_is_refused(case: str) -> None:
+    forward, message = NO_CHAIN[case]
+    with pytest.raises(ValueError, match=message):
+        partition(Broken(forward), 1)
+
+
+@pytest.mark.parametrize(
+    ("modules", "message"),
+    [
+        (["nowhere"], "cannot be cut at 'nowhere'; it can be cut before any of layer2, head"),
+        (["layer1"], "name its first layer 'layer1'"),
+        (["head", "layer2"], "not in the network's order"),
+        (["head", "head"], "not in the network's order"),
+        (4, "modules=4, but the network has 3 layers"),
+        (0, "choose between 1 and 3"),
+        (-1, "choose between 1 and 3"),
+    ],
+)
+def test_impossible_cuts_are_refused(modules: int | list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        partition(networks.mlp([4, 4, 4, 2]), modules)
+
+
+@pytest.mark.parametrize("modules", ["layer2", 2.0, [1], None])
+def test_cuts_of_a_wrong_type_are_refused(modules: object) -> None:
+    with pytest.raises(TypeError, match="give a number of modules, or a list"):
+        partition(networks.mlp([4, 4, 4, 2]), modules)  # type: ignore[arg-type]
+
+
+def test_modules_that_would_share_weights_are_refused() -> None:
+    tied = nn.Linear(4, 4)
+    norm = nn.BatchNorm1d(4, affine=False)
+    for layer in (tied, norm):
+        net = nn.Sequential(layer, nn.ReLU(), nn.Linear(4, 4), layer, nn.Linear(4, 2))
+        with pytest.raises(ValueError, match="'0' and '3' share weights"):
+            partition(net, ["2"])
+        whole, x = partition(net, ["4"]).eval(), torch.randn(3, 4)  # within a module they may
+        assert torch.equal(whole(x), net.eval()(x))
+
+
+def test_nothing_can_be_cut_out_of_nothing() -> None:
+    with pytest.raises(ValueError, match="empty network"):
+        partition(nn.Sequential(), 1)
+
+
+def test_a_sample_of_the_wrong_shape_is_explained() -> None:
+    with pytest.raises(ValueError, match=r"sample: ConvUnit cannot train on .* \(2, 1, 32, 32\)"):
+        partition(networks.cnn(), 2, sample=torch.zeros(2, 1, 32, 32))
+    with pytest.raises(ValueError, match="Expected more than 1 value per channel"):
+        partition(torchvision.models.resnet18(), 2, sample=torch.zeros(1, 3, 32, 32))
+
+
+def test_cuts_cover_the_chain_in_order() -> None:
+    for modules in range(1, 8):
+        cut = partition(networks.cnn(stride=1), modules, sample=torch.zeros(2, 3, 32, 32))
+        layers = layer_names(networks.cnn())
+        starts = [layers.index(names[0]) for names in cut.names]
+        assert starts[0] == 0
+        assert all(a < b for a, b in pairwise(starts))
