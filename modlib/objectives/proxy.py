@@ -77,9 +77,9 @@ class ProxyLoss(Objective):
         positives, negatives = (same & ~eye).to(gram), (~same).to(gram)
         return positives / positives.sum() + negatives / negatives.sum()
 
-    def target(self, same: Tensor) -> Tensor:
-        """The ideal Gram matrix (B, B)."""
-        return torch.where(same, self.kernel.ceiling, self.kernel.floor)
+    def target(self, gram: Tensor, same: Tensor) -> Tensor:
+        """The ideal Gram matrix (B, B), in the Gram matrix's precision."""
+        return torch.where(same, self.kernel.ceiling, self.kernel.floor).to(gram)
 
     def extra_repr(self) -> str:
         options = [repr(self.kernel.name)]
@@ -114,7 +114,7 @@ class NMSE(ProxyLoss):
 
     def loss(self, gram: Tensor, same: Tensor) -> Tensor:
         weights = self.weights(gram, same)
-        return (weights * (gram - self.target(same)).square()).sum() / weights.sum()
+        return (weights * (gram - self.target(gram, same)).square()).sum() / weights.sum()
 
 
 class Alignment(ProxyLoss):
@@ -122,8 +122,7 @@ class Alignment(ProxyLoss):
 
     Raises:
         ValueError: ``negatives_only`` with a kernel of floor 0, whose ideal matrix is then all
-        zeros
-            and has no direction.
+            zeros and has no direction.
 
     >>> import torch
     >>> Alignment()(torch.eye(3), torch.tensor([0, 1, 2]))
@@ -144,7 +143,7 @@ class Alignment(ProxyLoss):
             )
 
     def loss(self, gram: Tensor, same: Tensor) -> Tensor:
-        return -_cosine(gram, self.target(same), self.weights(gram, same))
+        return -_cosine(gram, self.target(gram, same), self.weights(gram, same))
 
 
 class UpperTriangleAlignment(Alignment):
@@ -187,7 +186,7 @@ class LogContrastive(ProxyLoss):
             gram + self.weights(gram, same).log()
         )  # log of the weighted terms; log 0 = -inf drops out
         if self.negatives_only:
-            return _logsumexp(logs) - (~same).sum().log()
+            return _logsumexp(logs) - (~same).sum().to(gram).log()
         return _logsumexp(logs) - _logsumexp(logs.masked_fill(~same, -torch.inf))
 
 
@@ -205,7 +204,7 @@ class CentredAlignment(ProxyLoss):
         super().__init__(kernel)
 
     def loss(self, gram: Tensor, same: Tensor) -> Tensor:
-        target = _centred(self.target(same))
+        target = _centred(self.target(gram, same))
         return -_cosine(_centred(gram), target, torch.ones_like(gram))
 
 
@@ -228,8 +227,8 @@ class SupCon(ProxyLoss):
 
     def __init__(self, temperature: float = 0.07, kernel: str | Kernel = "cosine") -> None:
         super().__init__(kernel)
-        if not temperature > 0:
-            raise ValueError(f"temperature={temperature}: give a number above 0, such as 0.07.")
+        if isinstance(temperature, str) or not temperature > 0:
+            raise ValueError(f"temperature={temperature!r}: give a number above 0, such as 0.07.")
         self.temperature = temperature
 
     def loss(self, gram: Tensor, same: Tensor) -> Tensor:

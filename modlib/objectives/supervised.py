@@ -40,7 +40,7 @@ class AuxiliaryClassifier(Objective):
             resolution, then "linear"), or a network of your own from h to logits.
 
     Raises:
-        ValueError: the name is unknown, or a convolutional kind is used on outputs (N, d).
+        ValueError: the name is unknown, or a module's output has a shape that the kind does not take.
 
     >>> import torch
     >>> objective = AuxiliaryClassifier("mlp-sr").for_module((8, 16, 16), classes=10)
@@ -60,6 +60,11 @@ class AuxiliaryClassifier(Objective):
     def for_module(self, shape: Sequence[int], classes: int) -> Self:
         ready = super().for_module(shape, classes)
         if ready.network is None:
+            if len(shape) not in (1, 3):
+                raise ValueError(
+                    f"network={self.kind!r} needs outputs (d,) or (C, H, W), but the module's output "
+                    f"has shape {tuple(shape)}; give a network of your own."
+                )
             ready.network = _KINDS[self.kind](tuple(shape), classes)
         return ready
 
