@@ -686,6 +686,22 @@ def test_a_failed_preparation_leaves_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_disk_that_fills_up_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved = []
+
+    def save_two(path: Path, array: Any) -> None:
+        if len(saved) == 2:
+            raise OSError("No space left on device")
+        saved.append(path.write_bytes(array.tobytes()))
+
+    monkeypatch.setattr(np, "save", save_two)
+    with pytest.raises(OSError, match="No space left"):
+        write(tmp_path / "set", {part: getattr(made(), part) for part in PARTS}, list("abcd"))
+    assert len(saved) == 2 and list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_a_killed_preparation_leaves_nothing_that_is_read(
     tmp_path: Path, tree: Path, monkeypatch: pytest.MonkeyPatch
