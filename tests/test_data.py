@@ -689,7 +689,7 @@ def test_a_failed_preparation_leaves_nothing(tmp_path: Path) -> None:
 def test_a_disk_that_fills_up_leaves_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    saved = []
+    saved: list[int] = []
 
     def save_two(path: Path, array: Any) -> None:
         if len(saved) == 2:
