@@ -16,6 +16,13 @@ from modlib import networks, objectives
 from modlib.data import Dataset
 from modlib.methods import (
     E2EBP,
+    DifferenceTargetPropagation,
+    LocalLearning,
+    Method,
+    ProxyObjective,
+    sgd,
+)
+    E2EBP,
     LocalLearning,
     Method,
     ProxyObjective,
@@ -144,6 +151,11 @@ def _local(name: str, lr: float, in_turn: bool) -> Recipe:
     return Recipe(name, 3, method, {"lr": lr, "auxiliary": "mlp-sr"})
 
 
+def _mnist(name: str, method: Callable[[], Method]) -> Recipe:
+    """A tanh network cut after every layer, trained by RMSprop as Lee et al. 2015 did."""
+    return Recipe(name, 0, method, {"lr": 1e-3}, MNIST, _tanh_mlp)
+
+
 def _proxy(name: str, objective: Callable[[], Objective], lr: float, *cut: str) -> Recipe:
     def method() -> Method:
         optimizers = [*[sgd(lr)] * (len(cut) + 1), sgd(OUTPUT_LR, weight_decay=0.0)]
@@ -184,13 +196,24 @@ TUNED: dict[str, Callable[[float], Recipe]] = {
     },
 }
 
-# The best of those tried on held-out training images: book/results/tuning.json (a test compares).
+# The best of those tried on held-out training images: book/results/tuning (a test compares).
 RATES: dict[str, float] = {
     "cifar10-e2ebp": 1.0,
-    "cifar10-dgl": 0.1,
+    "cifar10-dgl": 1.0,
     "cifar10-proxy-supcon": 0.1,
+    "cifar10-proxy-centred-alignment": 0.3,
+    "cifar10-proxy-log-contrastive-balanced": 0.03,
 }
 
+_SUPCON = RATES["cifar10-proxy-supcon"]
+
 RECIPES: dict[str, Recipe] = {
-    **{name: make(RATES[name]) for name, make in TUNED.items() if name in RATES},
+    recipe.name: recipe
+    for recipe in (
+        *(make(RATES[name]) for name, make in TUNED.items() if name in RATES),
+        _local("cifar10-greedy", RATES["cifar10-dgl"], in_turn=True),
+        _proxy("cifar10-proxy3-supcon", _PROXIES["supcon"], _SUPCON, "conv5"),
+        _mnist("mnist-dtp", DifferenceTargetPropagation),
+        _mnist("mnist-e2ebp", partial(E2EBP, optimizer=partial(torch.optim.RMSprop, lr=1e-3))),
+    )
 }

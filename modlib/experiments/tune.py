@@ -10,6 +10,7 @@ import argparse
 import dataclasses
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -78,6 +79,10 @@ def search(accuracy: Callable[[float], float]) -> dict[float, float]:
         tried[untried[0]] = accuracy(untried[0])
 
 
+def _accuracy(make: Callable[[float], Recipe], data: Dataset, epochs: int, lr: float) -> float:
+    return tune(make(lr), data, epochs)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("names", nargs="*", help="recipes (default: all that are tuned)")
@@ -95,8 +100,7 @@ def main() -> None:
         "epochs": options.epochs,
     }
     for name in options.names or TUNED:
-        make = TUNED[name]
-        tried = search(lambda lr, make=make: tune(make(lr), data, options.epochs))
+        tried = search(partial(_accuracy, TUNED[name], data, options.epochs))
         table[name] = {str(lr): tried[lr] for lr in sorted(tried)}
         print(name, table[name], flush=True)
         write(table, out)
