@@ -25,7 +25,7 @@ $(STAMP): pyproject.toml
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { \
 		echo "make: python3 -m venv failed; install the venv package of your system"; exit 1; }
 	@echo "make: installing into $(VENV) (once; later runs skip this)"
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[book,test,dev]' || { \
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check --editable '.[book,test,dev]' || { \
 		echo "make: installation failed; is the package index reachable?"; exit 1; }
 	@touch $@
 
@@ -40,8 +40,11 @@ compare: $(STAMP)
 # Sphinx warns about a page only when it reads it, so a failed build leaves nothing to resume from.
 pages: $(STAMP)
 	@$(BIN)/python tools/address.py
-	@$(BIN)/jupyter-book build . -W -n --keep-going -q || { rm -rf _build; \
-		echo "make: the book has warnings (above); mend them and build again"; exit 1; }
+	@echo "make: building the pages"
+	@mkdir -p _build
+	@$(BIN)/jupyter-book build . -W -n --keep-going -q >_build/log 2>&1 || { \
+		grep -a -E 'WARNING|ERROR' _build/log || cat _build/log; rm -rf _build; \
+		echo "make: the book must build without warnings; mend these and build again"; exit 1; }
 
 check: $(STAMP)
 	@$(BIN)/ruff check . || { echo "make: ruff found something to mend (above)"; exit 1; }

@@ -27,7 +27,7 @@ def draw(power: int) -> Figure:
 
 def some_stepper(start: int = 0) -> viz.Stepper:
     return viz.stepper(
-        map(draw, (1, 2, 3)), ["line", "a <b> & 'c'", "cubic"], label="power", start=start
+        map(draw, (1, 2, 3)), ["line", 'a <b> & "c"', "cubic"], label="power", start=start
     )
 
 
@@ -43,7 +43,7 @@ def test_stepper_shows_one_frame_and_describes_each(start: int) -> None:
     page = parsed(some_stepper(start))
     frames = page.select("[data-frame]")
     assert [frame.has_attr("hidden") for frame in frames] == [i != start for i in range(3)]
-    assert [image["alt"] for image in page.select("img")] == ["line", "a <b> & 'c'", "cubic"]
+    assert [image["alt"] for image in page.select("img")] == ["line", 'a <b> & "c"', "cubic"]
     assert page.select_one("input")["value"] == str(start)
 
 
