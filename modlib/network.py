@@ -39,6 +39,14 @@ class ModularNetwork(nn.Sequential):
         super().__init__(*(nn.Sequential(OrderedDict(_attribute_names(m))) for m in modules))
         self.names = tuple(tuple(name for name, _ in chain) for chain in modules)
 
+    def __getitem__(self, index: slice | int) -> nn.Sequential:
+        if not isinstance(index, slice):
+            return cast(nn.Sequential, super().__getitem__(index))
+        part = ModularNetwork([])
+        part.extend(list(self)[index])
+        part.names = self.names[index]
+        return part
+
     def __iter__(self) -> Iterator[nn.Sequential]:
         return cast("Iterator[nn.Sequential]", super().__iter__())
 

@@ -141,6 +141,16 @@ def test_no_module_overwrites_another_modules_output() -> None:
             assert torch.equal(output, again)
 
 
+def test_some_of_the_modules_are_a_network_too() -> None:
+    cut = partition(Plain(), 3).eval()
+    x = torch.randn(4, 1, 8, 8)
+    first = cut[:2]
+    assert isinstance(first, ModularNetwork)
+    assert first.names == cut.names[:2]
+    assert torch.equal(cut[2](first(x)), cut(x))
+    assert [id(p) for p in cut[-1].parameters()] == [id(p) for p in cut[2:].parameters()]
+
+
 def test_a_cut_network_can_be_cut_anew() -> None:
     whole = Plain()
     cut = partition(partition(whole, 3), ["conv", "head"])

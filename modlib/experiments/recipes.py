@@ -22,12 +22,6 @@ from modlib.methods import (
     ProxyObjective,
     sgd,
 )
-    E2EBP,
-    LocalLearning,
-    Method,
-    ProxyObjective,
-    sgd,
-)
 from modlib.network import ModularNetwork, partition
 from modlib.objectives import Objective
 
