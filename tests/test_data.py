@@ -734,6 +734,14 @@ def test_two_that_prepare_at_once_agree(tmp_path: Path) -> None:
     assert read(tmp_path / "set").classes == ("a", "b", "c", "d")
 
 
+def test_a_folder_that_is_something_else_is_not_replaced(tmp_path: Path) -> None:
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "thesis.tex").write_text("years of work")
+    with pytest.raises(OSError), writing(tmp_path / "set"):
+        pass
+    assert [p.name for p in tmp_path.rglob("*")] == ["set", "thesis.tex"]
+
+
 # --------------------------------------------------------------------------- by name
 
 
@@ -1038,7 +1046,10 @@ def tree(tmp_path: Path) -> Path:
     return folder
 
 
-def test_a_tree_becomes_memory_mapped_arrays(tree: Path, tmp_path: Path) -> None:
+def test_a_tree_becomes_memory_mapped_arrays(
+    tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trees, "_BLOCK", 5)  # several blocks, the last not full
     (tree / "train" / "ant" / "notes.txt").write_text("no image")
     data = load(str(tree), tmp_path / "root")
     assert np.array_equal(data.train_images, pictures(12, 8, seed=0))
