@@ -1,6 +1,6 @@
 """Choose each method's learning rate on held-out training images: ``python -m modlib.experiments.tune``.
 
-Test images take no part. What was tried is written to book/results/tuning.json, so that a reader
+Test images take no part. What was tried is written to book/results/tuning/cifar10.json, so that a reader
 can see how hard each method was tuned, and that none was favoured.
 """
 
@@ -86,7 +86,7 @@ def _accuracy(make: Callable[[float], Recipe], data: Dataset, epochs: int, lr: f
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("names", nargs="*", help="recipes (default: all that are tuned)")
-    parser.add_argument("--out", default="book/results/tuning.json")
+    parser.add_argument("--out", default="book/results/tuning/cifar10.json")
     parser.add_argument("--n-train", type=int, default=10_000)
     parser.add_argument("--n-test", type=int, default=5_000)
     parser.add_argument("--epochs", type=int, default=4)
