@@ -1,6 +1,6 @@
 """Figures, tables and records of the book. Reads records; knows no method and no data set."""
 
-from modlib.viz.records import group, mean_and_spread, records, values
+from modlib.viz.records import group, mean_and_spread, records, records_folder, values
 from modlib.viz.stepper import Stepper, stepper
 from modlib.viz.style import CATEGORY_COLOURS, COLOURS, band, label_lines, style
 from modlib.viz.table import Table, table
@@ -15,6 +15,7 @@ __all__ = [
     "label_lines",
     "mean_and_spread",
     "records",
+    "records_folder",
     "stepper",
     "style",
     "table",

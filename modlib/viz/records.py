@@ -10,7 +10,7 @@ from typing import Any
 Record = dict[str, Any]
 
 
-def _folder() -> Path:
+def records_folder() -> Path:
     """The records of the checkout this package lies in, else those installed with the package."""
     checkout = Path(__file__).parents[2] / "book" / "results"
     return (
@@ -38,7 +38,7 @@ def records(*, folder: Path | str | None = None, **wanted: Any) -> list[Record]:
     >>> [record["seed"] for record in records(folder=folder, recipe="demo")]
     [0, 1]
     """
-    where = _folder() if folder is None else Path(folder)
+    where = records_folder() if folder is None else Path(folder)
     found = [_read(path) for path in sorted(where.glob("*.json"))]
     matching = [record for record in found if all(record.get(key) == wanted[key] for key in wanted)]
     if not matching:
