@@ -208,20 +208,32 @@ def _run(layer: nn.Module, x: Tensor) -> Tensor:
 
 
 def _balanced_starts(costs: Costs, n: int, modules: int) -> list[int]:
-    """Cut n layers into contiguous parts whose largest cost is least (dynamic programming)."""
-    best = [[0.0] + [float("inf")] * n]  # best[k][j]: least largest cost, first j layers in k parts
+    """Cut n layers into contiguous parts: the largest cost is least, and the others are even."""
+    largest, _ = _cheapest_cut(costs, n, modules, max)
+
+    def squares(total: float, cost: float) -> float:
+        return total + cost**2 if cost <= largest else float("inf")
+
+    return _cheapest_cut(costs, n, modules, squares)[1]
+
+
+def _cheapest_cut(
+    costs: Costs, n: int, modules: int, price: Callable[[float, float], float]
+) -> tuple[float, list[int]]:
+    """The cut whose price is least, by dynamic programming: ``price(so far, cost of one more)``."""
+    best = [[0.0] + [float("inf")] * n]  # best[k][j]: least price of the first j layers in k parts
     cut: list[list[int]] = [[0] * (n + 1)]
     for k in range(1, modules + 1):
         row, cuts = [float("inf")] * (n + 1), [0] * (n + 1)
         for j in range(k, n + 1):
-            row[j], cuts[j] = min((max(best[k - 1][i], costs[i, j]), i) for i in range(k - 1, j))
+            row[j], cuts[j] = min((price(best[k - 1][i], costs[i, j]), i) for i in range(k - 1, j))
         best.append(row)
         cut.append(cuts)
     starts, j = [], n
     for k in range(modules, 0, -1):
         j = cut[k][j]
         starts.append(j)
-    return starts[::-1]
+    return best[modules][n], starts[::-1]
 
 
 # --- the chain of layers --------------------------------------------------------------------------
