@@ -1067,6 +1067,7 @@ def test_a_tree_is_decoded_once_for_each_wish(
     load(str(tree), root)
     few = load(str(tree), root, classes=["cat", "ant"], size=4)
     assert few.classes == ("cat", "ant") and few.shape == (3, 4, 4)
+    assert isinstance(few.train_images, np.memmap)  # prepared so, not derived in memory
     assert few.name.startswith("insects-4px-2classes-")
     assert np.allclose(
         few.train_images[0].mean((0, 1)), pictures(12, 8)[8].mean((0, 1)), atol=12
