@@ -63,7 +63,7 @@ class Checkpoint:
 def save_whole(state: State, path: Path) -> None:
     """Write a state whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(f".{path.name}.tmp")  # one name: what a kill leaves is overwritten
     try:
         with open(temporary, "wb") as file:
             torch.save(state, file)

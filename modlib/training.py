@@ -292,15 +292,13 @@ class _Run:
         if state is None:  # save, so that an interrupted first epoch leaves a file too
             self.checkpoint.save(self._state(0, 0))
             return 0, 0
-        try:
-            self.net.load_state_dict(state["net"])
-            self.stages[state["stage"]].load_state_dict(state["stage_state"])
-        except (RuntimeError, ValueError) as error:
+        if _tensor_shapes(state["net"]) != _tensor_shapes(self.net.state_dict()):
             raise ValueError(
-                f"checkpoint: {self.checkpoint.path} holds another network's weights "
-                f"({str(error).splitlines()[0]}); build the network it was written for, or give "
-                "another path."
-            ) from error
+                f"checkpoint: {self.checkpoint.path} holds the weights of another network; build the "
+                "one it was written for, or give another path."
+            )
+        self.net.load_state_dict(state["net"])
+        self.stages[state["stage"]].load_state_dict(state["stage_state"])
         self.history = History(state["rows"], state["seconds"])
         checkpoints.set_random_state(state["random"])
         return state["stage"], state["epoch"]
@@ -410,6 +408,10 @@ def _epochs(epochs: int | Sequence[int], stages: int) -> tuple[int, ...]:
 def _check_whole(name: str, value: int, least: int) -> None:
     if not isinstance(value, Integral) or value < least:
         raise ValueError(f"{name}={value!r}: give a whole number of at least {least}.")
+
+
+def _tensor_shapes(state: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in state.items()}
 
 
 def _describe_method(method: Method, net: ModularNetwork, stages: Sequence[Stage]) -> str:

@@ -1,0 +1,118 @@
+"""Training runs that are killed, in processes of their own: what tests/test_training.py resumes."""
+
+from __future__ import annotations
+
+import io
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+import modlib
+from modlib.methods import (
+    E2EBP,
+    DifferenceTargetPropagation,
+    LocalLearning,
+    Method,
+    ProxyObjective,
+)
+from modlib.network import ModularNetwork, partition
+from modlib.objectives import SupCon
+
+
+def _cnn() -> ModularNetwork:
+    net = modlib.networks.cnn((4, 8), 10, channels=1, size=8, stride=1, kernel="relu", seed=0)
+    return partition(net, ["conv3", "features"])
+
+
+def _tanh() -> ModularNetwork:
+    net = modlib.networks.mlp([64, 16, 16, 10], activation=nn.Tanh, boundary="after", seed=0)
+    return partition(net, 3)
+
+
+def _dropout() -> ModularNetwork:
+    torch.manual_seed(0)
+    layers = [nn.Flatten(), nn.Linear(64, 32), nn.Dropout(), nn.ReLU(), nn.Linear(32, 10)]
+    return partition(nn.Sequential(*layers), ["3"])
+
+
+CASES: dict[str, tuple[Callable[[], ModularNetwork], Callable[[], Method], dict[str, Any]]] = {
+    "end to end": (_cnn, E2EBP, {"epochs": 3}),
+    "half precision": (_cnn, E2EBP, {"epochs": 2, "precision": "float16"}),
+    "in turn": (_cnn, lambda: LocalLearning(in_turn=True), {"epochs": [1, 2, 1]}),
+    "cached views": (
+        _cnn,
+        lambda: ProxyObjective(SupCon(kernel="relu"), cache_features=True, views=2),
+        {"epochs": [1, 1, 2]},
+    ),
+    "noise": (_tanh, DifferenceTargetPropagation, {"epochs": 2, "schedule": "constant"}),
+    "dropout": (_dropout, LocalLearning, {"epochs": 2}),
+}
+
+
+def train(case: str, checkpoint: Path | None = None) -> tuple[list[dict[str, Any]], nn.Module]:
+    """Run a case, or go on with it; its rows and the trained network."""
+    torch.set_num_threads(1)
+    make_net, make_method, options = CASES[case]
+    data = modlib.data.load("digits").subset(n_train=256, n_test=64)
+    net = make_net()
+    history = modlib.fit(
+        net,
+        make_method(),
+        data,
+        batch_size=64,
+        seed=1,
+        checkpoint=checkpoint,
+        resume=checkpoint is not None,
+        progress=False,
+        **options,
+    )
+    return history.rows, net
+
+
+def _die(*_: Any, **__: Any) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _at(count: int, before: Callable[..., Any], after: Callable[..., Any]) -> Callable[..., Any]:
+    """A function that does ``before`` until its call number ``count``, when it does ``after``."""
+    calls = 0
+
+    def patched(*args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        return (after if calls == count else before)(*args, **kwargs)
+
+    return patched
+
+
+def train_and_die(case: str, checkpoint: Path, event: str, count: int) -> None:
+    """Go on with a case until the given event comes for the time number ``count``."""
+    save, replace = torch.save, os.replace
+
+    def half(state: Any, file: Any) -> None:
+        whole = io.BytesIO()
+        save(state, whole)
+        file.write(whole.getvalue()[: whole.tell() // 2])
+        file.flush()
+        _die()
+
+    def replaced(*args: Any) -> None:
+        replace(*args)
+        _die()
+
+    if event == "step":  # in the middle of an epoch
+        hook = _at(count, lambda *_: None, _die)
+        register_optimizer_step_post_hook(hook)
+    elif event == "half":  # half of a checkpoint is written
+        torch.save = _at(count, save, half)
+    elif event == "written":  # all of it, but not yet in its place
+        os.replace = _at(count, replace, _die)
+    elif event == "replaced":  # between two epochs
+        os.replace = _at(count, replace, replaced)
+    train(case, checkpoint)

@@ -1,0 +1,550 @@
+"""The training loop: exact resume from kills, reproducibility, precision, and clear refusals."""
+
+from __future__ import annotations
+
+import multiprocessing
+import random
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from interrupted import CASES, train, train_and_die
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import modlib
+from modlib import networks
+from modlib.checkpoints import Checkpoint
+from modlib.data import Augment, Dataset, Loader
+from modlib.methods import E2EBP, LocalLearning, ProxyObjective, Stage, sgd
+from modlib.network import ModularNetwork, partition
+from modlib.objectives import Objective, SupCon
+from modlib.training import History, evaluate, fit, pick_device
+
+quiet_fit = partial(fit, progress=False)
+
+
+def small_net(seed: int = 0, modules: int = 2) -> ModularNetwork:
+    return partition(networks.mlp([64, 16, 16, 10], kernel="relu", seed=seed), modules)
+
+
+def states_equal(a: nn.Module, b: nn.Module) -> bool:
+    ours, theirs = a.state_dict(), b.state_dict()
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[k], theirs[k]) for k in ours)
+
+
+# --- kill -9 --------------------------------------------------------------------------------------
+
+LOSING_AN_EPOCH = ["step", "half", "written"]  # see interrupted.train_and_die
+
+
+@pytest.fixture(scope="module")
+def processes() -> Any:
+    """Processes that begin with everything imported, and without this one's threads."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["modlib", "sklearn.datasets", "torch._dynamo"])
+    return context
+
+
+def killed(processes: Any, case: str, path: Path, event: str, count: int) -> bool:
+    """Go on with a run until it is killed at the event; False if it came to its end before."""
+    process = processes.Process(target=train_and_die, args=(case, path, event, count))
+    process.start()
+    process.join()
+    assert process.exitcode in (0, -9)
+    return bool(process.exitcode == -9)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_killed_run_goes_on_as_if_nothing_had_happened(
+    case: str, processes: Any, tmp_path: Path
+) -> None:
+    """Killed twice an epoch: in a step, with half a checkpoint written or before it is in its place,
+    and once it is. The rows and the weights come out bit for bit as in one go."""
+    expected, whole = train(case)
+    path = tmp_path / "run.pt"
+    rng = random.Random(case)
+    kills = 0
+    while True:
+        event = "replaced" if kills % 2 else LOSING_AN_EPOCH[kills // 2 % 3]
+        count = rng.randint(1, 4) if event == "step" else 1  # of an epoch's four steps
+        if not killed(processes, case, path, event, count):
+            break
+        kills += 1
+        assert kills < 40, "the run does not get on"
+        assert path.exists()
+    assert kills >= 2 * len(expected)
+    rows, net = train(case, path)  # nothing is left to do
+    assert rows == expected
+    assert states_equal(net, whole)
+    assert [p.name for p in tmp_path.iterdir()] == ["run.pt"]
+
+
+@pytest.mark.parametrize("case", ["end to end", "in turn"])
+def test_a_run_killed_at_any_moment_goes_on(case: str, processes: Any, tmp_path: Path) -> None:
+    """By the clock instead of at chosen events."""
+    expected, whole = train(case)
+    path = tmp_path / "run.pt"
+    rng = random.Random(7)
+    for _ in range(4):
+        process = processes.Process(target=train, args=(case, path))
+        process.start()
+        while not path.exists() and process.is_alive():
+            time.sleep(0.01)
+        time.sleep(rng.uniform(0.0, 0.4))
+        process.kill()
+        process.join()
+    rows, net = train(case, path)
+    assert rows == expected
+    assert states_equal(net, whole)
+
+
+def test_a_run_resumes_from_ctrl_c(digits: Dataset, tmp_path: Path) -> None:
+    expected = quiet_fit(small_net(), LocalLearning(), digits, epochs=3)
+
+    def interrupt(_: nn.Module, row: dict[str, Any]) -> None:
+        if row["epoch"] == 1:
+            raise KeyboardInterrupt
+
+    run = partial(quiet_fit, small_net(), LocalLearning(), digits, epochs=3)
+    with pytest.raises(KeyboardInterrupt):
+        run(checkpoint=tmp_path / "run.pt", after_epoch=interrupt)
+    assert run(checkpoint=tmp_path / "run.pt", resume=True) == expected
+    assert [p.name for p in tmp_path.iterdir()] == ["run.pt"]
+
+
+def test_an_interrupted_save_leaves_the_old_file_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = Checkpoint(tmp_path / "run.pt", {}, resume=False)
+    checkpoint.save({"epoch": 1})
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("os.replace", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        checkpoint.save({"epoch": 2})
+    assert [p.name for p in tmp_path.iterdir()] == ["run.pt"]
+    assert Checkpoint(tmp_path / "run.pt", {}, resume=True).load() == {"epoch": 1}
+
+
+# --- checkpoints that cannot be gone on from ------------------------------------------------------
+
+
+@pytest.fixture
+def checkpoint(digits: Dataset, tmp_path: Path) -> Path:
+    path = tmp_path / "run.pt"
+    quiet_fit(small_net(), LocalLearning(), digits, epochs=1, checkpoint=path)
+    return path
+
+
+def refused(path: Path, message: str, *arguments: Any, **options: Any) -> None:
+    """fit raises the message, and neither the file nor the network has changed."""
+    before = path.read_bytes()
+    net = arguments[0]
+    weights = [p.detach().clone() for p in net.parameters()]
+    with pytest.raises(ValueError, match=message):
+        quiet_fit(*arguments, checkpoint=path, **options)
+    assert path.read_bytes() == before
+    assert all(torch.equal(a, b) for a, b in zip(weights, net.parameters(), strict=True))
+    assert [p.name for p in path.parent.iterdir()] == [path.name]
+
+
+def test_a_checkpoint_is_not_overwritten(checkpoint: Path, digits: Dataset) -> None:
+    message = "exists; give resume=True to go on from it, or another path"
+    refused(checkpoint, message, small_net(), LocalLearning(), digits, epochs=1)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.01, 0.5, 0.99])
+def test_a_truncated_checkpoint_is_refused(share: float, checkpoint: Path, digits: Dataset) -> None:
+    whole = checkpoint.read_bytes()
+    checkpoint.write_bytes(whole[: int(share * len(whole))])
+    net, learner = small_net(), LocalLearning()
+    refused(
+        checkpoint, "is damaged and cannot be read", net, learner, digits, epochs=1, resume=True
+    )
+
+
+def test_a_checkpoint_with_a_changed_bit_is_refused(tmp_path: Path) -> None:
+    """torch.load itself would go on with other weights."""
+    path = tmp_path / "run.pt"
+    weights = torch.arange(1000.0)
+    Checkpoint(path, {}, resume=False).save({"net": weights})
+    whole = path.read_bytes()
+    place = whole.index(weights[100:900].numpy().tobytes()) + 1001
+    path.write_bytes(whole[:place] + bytes([whole[place] ^ 16]) + whole[place + 1 :])
+    assert not torch.equal(torch.load(path)["net"], weights)
+    with pytest.raises(ValueError, match="is damaged"):
+        Checkpoint(path, {}, resume=True).load()
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04", b"\x80\x04.", b"hello", bytes(5000)])
+def test_what_is_no_checkpoint_is_refused(content: bytes, digits: Dataset, tmp_path: Path) -> None:
+    path = tmp_path / "run.pt"
+    path.write_bytes(content)
+    refused(path, "is damaged", small_net(), LocalLearning(), digits, epochs=1, resume=True)
+    torch.save([1, 2], path)
+    refused(path, "is damaged", small_net(), LocalLearning(), digits, epochs=1, resume=True)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"epochs": 2}, r"epochs=\(1,\), not \(2,\)"),
+        ({"seed": 5}, "seed=0, not 5"),
+        ({"batch_size": 64}, "batch_size=128, not 64"),
+        ({"schedule": "cosine"}, "schedule='one-cycle', not 'cosine'"),
+        ({"augment": None}, "augment="),
+        ({"precision": "bfloat16"}, "precision='float32', not 'bfloat16'"),
+        ({"channels_last": True}, "channels_last=False, not True"),
+        ({"method": LocalLearning(in_turn=True), "epochs": [1, 1]}, "epochs="),
+        ({"method": E2EBP()}, "not 'E2EBP"),
+        ({"method": LocalLearning(SupCon(kernel="relu"))}, "objectives=.*AuxiliaryClassifier"),
+        ({"method": LocalLearning(optimizer=sgd(0.3))}, "optimizers=.*'lr': 0.3"),
+        ({"net": small_net(modules=3)}, "method=.*2 modules.*3 modules"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_a_checkpoint_of_another_run_is_refused(
+    change: dict[str, Any], message: str, checkpoint: Path, digits: Dataset
+) -> None:
+    run: dict[str, Any] = {"net": small_net(), "method": LocalLearning(), "epochs": 1} | change
+    net, learner = run.pop("net"), run.pop("method")
+    refused(checkpoint, message, net, learner, digits, resume=True, **run)
+
+
+def test_a_checkpoint_of_other_data_or_another_network_is_refused(
+    checkpoint: Path, digits: Dataset
+) -> None:
+    less = digits.subset(n_train=300)
+    run = partial(refused, checkpoint, epochs=1, resume=True)
+    run(r"data='digits \(512 images\)'", small_net(), LocalLearning(), less)
+    wider = partition(networks.mlp([64, 16, 20, 10], kernel="relu"), 2)
+    run("weights of another network", wider, LocalLearning(), digits)
+
+
+def test_resuming_needs_a_checkpoint(digits: Dataset, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="resume=True needs a checkpoint"):
+        quiet_fit(small_net(), E2EBP(), digits, resume=True)
+    history = quiet_fit(
+        small_net(), E2EBP(), digits, epochs=1, checkpoint=tmp_path / "a" / "new.pt", resume=True
+    )
+    assert len(history.rows) == 1
+    assert (tmp_path / "a" / "new.pt").exists()
+
+
+# --- reproducibility ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("learner", [E2EBP, LocalLearning])
+def test_the_same_seed_gives_the_same_history(learner: Callable[[], Any], digits: Dataset) -> None:
+    runs = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(random.randrange(1000))  # the caller's state must not matter
+        net = small_net()
+        runs.append((quiet_fit(net, learner(), digits, epochs=2, seed=seed), net))
+    assert runs[0][0] == runs[1][0]
+    assert states_equal(runs[0][1], runs[1][1])
+    assert runs[0][0] != runs[2][0]
+
+
+def test_auxiliary_weights_come_from_the_seed(digits: Dataset) -> None:
+    losses = [
+        quiet_fit(
+            small_net(),
+            LocalLearning(optimizer=sgd(0.0)),
+            digits,
+            epochs=1,
+            seed=seed,
+            augment=None,
+        ).final["losses"]
+        for seed in (0, 1)
+    ]
+    assert losses[0][0] != losses[1][0]  # by auxiliary weights: nothing else differs
+    assert losses[0][1] == pytest.approx(losses[1][1], rel=1e-5)
+
+
+def test_the_callers_random_state_is_left_alone(digits: Dataset) -> None:
+    net = partition(nn.Sequential(nn.Flatten(), nn.Dropout(), nn.Linear(64, 10)), 1)
+    before = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()
+    quiet_fit(net, LocalLearning(), digits, epochs=1)
+    evaluate(net, digits)
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert np.random.get_state()[1].tolist() == before[1]
+    assert random.getstate() == before[2]
+
+
+# --- what a run does ------------------------------------------------------------------------------
+
+
+def test_history_has_a_row_for_every_epoch_of_every_stage(digits: Dataset) -> None:
+    seen: list[dict[str, Any]] = []
+    learner = ProxyObjective(SupCon(kernel="relu"))
+    net = partition(networks.mlp([64, 16, 16, 10], kernel="relu", seed=0), ["layer2", "features"])
+    history = quiet_fit(
+        net, learner, digits, epochs=[1, 3, 2], after_epoch=lambda n, row: seen.append(row)
+    )
+    where = [(row["stage"], row["epoch"]) for row in history.rows]
+    assert where == [(0, 0), (1, 0), (1, 1), (1, 2), (2, 0), (2, 1)]
+    assert seen == history.rows
+    assert [row["test_accuracy"] is None for row in history.rows] == [True] * 4 + [False] * 2
+    assert all(len(row["losses"]) == 1 for row in history.rows)
+    assert history.final == history.rows[-1]
+    assert len(history.seconds) == 6
+    assert min(history.seconds) > 0
+    assert history.final["test_accuracy"] == evaluate(net, digits).accuracy
+    assert not any(module.training for module in net.modules())
+
+
+def test_measurements_can_be_added_to_a_row(digits: Dataset, tmp_path: Path) -> None:
+    def measure(net: nn.Module, row: dict[str, Any]) -> None:
+        row["weights"] = sum(p.numel() for p in net.parameters())
+
+    path = tmp_path / "run.pt"
+    run = partial(quiet_fit, small_net(), E2EBP(), digits, epochs=1, after_epoch=measure)
+    history = run(checkpoint=path)
+    assert history.final["weights"] == 64 * 16 + 16 + 16 * 16 + 16 + 16 * 10 + 10
+    assert run(checkpoint=path, resume=True) == history
+
+
+def test_an_empty_history_has_no_end() -> None:
+    with pytest.raises(ValueError, match="train at least one epoch"):
+        _ = History().final
+
+
+@pytest.mark.parametrize(
+    ("schedule", "factor"),
+    [
+        ("constant", lambda p: 1.0),
+        ("cosine", lambda p: 0.5 * (1 + np.cos(np.pi * p))),
+        ("one-cycle", lambda p: p / 0.2 if p < 0.2 else (1 - p) / 0.8),
+        (lambda p: p * p, lambda p: p * p),
+    ],
+)
+def test_learning_rates_follow_the_schedule_in_every_stage(
+    schedule: Any,
+    factor: Callable[[float], float],
+    digits: Dataset,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    rates: list[float] = []
+    step = Stage.step
+
+    def watched(stage: Stage, x: Tensor, y: Tensor) -> Tensor:
+        rates.extend(group["lr"] for o in stage.optimizers for group in o.param_groups)
+        return step(stage, x, y)
+
+    monkeypatch.setattr(Stage, "step", watched)
+    learner = LocalLearning(in_turn=True, optimizer=[sgd(0.1), sgd(0.01)])
+    quiet_fit(small_net(), learner, digits, epochs=[1, 2], schedule=schedule)
+    expected = [0.1 * factor(step / 4) for step in range(4)]
+    expected += [0.01 * factor(step / 8) for step in range(8)]
+    assert rates == pytest.approx(expected, rel=1e-6, abs=1e-12)
+
+
+def tiny_net() -> ModularNetwork:
+    return partition(networks.mlp([64, 32, 10], kernel="relu", seed=0), ["features"])
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+@pytest.mark.parametrize(
+    "learner", [E2EBP, LocalLearning, partial(ProxyObjective, SupCon(0.1, "relu"))]
+)
+def test_mixed_precision_learns_the_same(
+    precision: str, learner: Callable[..., Any], digits: Dataset
+) -> None:
+    output = sgd(5.0, weight_decay=0.0)  # a linear layer on unit vectors
+    optimizer = sgd(0.5) if learner is E2EBP else [sgd(0.1), output]
+    accuracy = {}
+    for kind in ("float32", precision):
+        net, types = tiny_net(), set()
+        net[0].register_forward_hook(lambda *args, types=types: types.add(args[2].dtype))
+        history = quiet_fit(
+            net, learner(optimizer=optimizer), digits, epochs=5, batch_size=32, precision=kind
+        )
+        accuracy[kind] = history.final["test_accuracy"]
+        assert getattr(torch, kind) in types
+        assert all(p.dtype == torch.float32 for p in net.parameters())
+    assert accuracy[precision] > 0.7
+    assert accuracy[precision] == pytest.approx(accuracy["float32"], abs=0.05)
+
+
+def test_float16_steps_are_scaled(digits: Dataset) -> None:
+    """Gradients as small as these are zero in float16, unless the loss is scaled."""
+
+    class Faint(Objective):
+        def forward(self, h: Tensor, y: Tensor) -> Tensor:
+            return F.cross_entropy(h, y) * 1e-6
+
+    moved = {}
+    for precision in ("float32", "float16"):
+        net = small_net(modules=1)
+        before = net[0][0][1].weight.detach().clone()
+        optimizer = sgd(1e5, momentum=0.0, weight_decay=0.0)
+        quiet_fit(net, E2EBP(Faint(), optimizer), digits, epochs=1, precision=precision)
+        moved[precision] = (net[0][0][1].weight.detach() - before).flatten()
+    assert torch.cosine_similarity(*moved.values(), dim=0) > 0.99
+
+
+def test_channels_last_changes_the_layout_alone(digits: Dataset) -> None:
+    histories = []
+    for channels_last in (False, True):
+        net = partition(
+            networks.cnn((4, 8), 10, channels=1, size=8, stride=1, kernel="relu", seed=0), 2
+        )
+        histories.append(
+            quiet_fit(net, E2EBP(), digits, epochs=2, batch_size=64, channels_last=channels_last)
+        )
+        weight = net.state_dict()["0.conv2.1.weight"]
+        assert weight.is_contiguous(memory_format=torch.channels_last) == channels_last
+    first, second = histories
+    for a, b in zip(first.rows, second.rows, strict=True):
+        assert a["losses"] == pytest.approx(b["losses"], rel=1e-3)
+
+
+def test_any_module_counts_as_one(digits: Dataset) -> None:
+    """Even one that cannot be cut."""
+
+    class Residual(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner, self.head = nn.Linear(64, 64), nn.Linear(64, 10)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = x.flatten(1)
+            return self.head(x + self.inner(x).relu())
+
+    net = Residual()
+    history = quiet_fit(net, E2EBP(), digits, epochs=3, batch_size=32)
+    assert history.final["test_accuracy"] > 0.7
+    assert history.final["test_accuracy"] == evaluate(net, digits).accuracy
+    assert not net.training
+
+
+# --- evaluation -----------------------------------------------------------------------------------
+
+
+def test_evaluation_is_over_every_image_of_the_split(digits: Dataset) -> None:
+    net = networks.cnn((4,), 10, channels=1, size=8, stride=1, kernel="relu", seed=0)
+    for split in ("test", "train"):
+        loader = Loader(digits, split, 1000, shuffle=False, drop_last=False)
+        ((x, y),) = loader.epoch(0, 0)
+        logits = net.eval()(x).detach().double().numpy()
+        share = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+        measured = evaluate(net, digits, split, batch_size=33)
+        assert measured.n == len(y)
+        assert measured.accuracy == pytest.approx((logits.argmax(1) == y.numpy()).mean())
+        picked = share[np.arange(len(y)), y.numpy()]
+        assert measured.loss == pytest.approx(-np.log(picked).mean(), rel=1e-5)
+
+
+def test_evaluation_leaves_every_layer_in_its_mode(digits: Dataset) -> None:
+    """Batch norm that somebody has frozen stays frozen."""
+    net = networks.cnn((4,), 10, channels=1, size=8, stride=1, kernel="relu", seed=0).train()
+    net[0].eval()
+    modes = [module.training for module in net.modules()]
+    statistics = net[1][2].running_mean.clone()
+    evaluate(net, digits)
+    assert [module.training for module in net.modules()] == modes
+    assert torch.equal(net[1][2].running_mean, statistics)
+
+
+# --- refusals, before anything is trained or written ----------------------------------------------
+
+WRONG: list[tuple[dict[str, Any], str]] = [
+    ({"epochs": 0}, "epochs=0: give a whole number of at least 1"),
+    ({"epochs": 2.5}, "epochs=2.5: give a whole number"),
+    ({"epochs": [1, 2, 3]}, r"epochs=\[1, 2, 3\] has 3 numbers, but the method trains in 1 stages"),
+    ({"epochs": [0]}, "epochs=0"),
+    ({"batch_size": 0}, "batch_size=0"),
+    ({"batch_size": 16.0}, "batch_size=16.0"),
+    ({"batch_size": 10_000}, "512 train"),
+    ({"seed": -1}, "seed=-1: give a whole number of at least 0"),
+    ({"seed": "a"}, "seed='a'"),
+    ({"device": "gpu"}, "device='gpu' cannot be used here"),
+    ({"precision": "half"}, "precision='half': choose from auto, float32"),
+    ({"schedule": "linear"}, "schedule='linear': choose from constant, one-cycle, cosine"),
+    ({"augment": "flip"}, "augment='flip': give 'auto', None or a data.Augment"),
+    ({"augment": Augment(pad=9)}, "reflect fewer than 8"),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), WRONG, ids=lambda value: str(value)[:24])
+def test_wrong_arguments_are_refused(
+    options: dict[str, Any], message: str, digits: Dataset, tmp_path: Path
+) -> None:
+    net = small_net()
+    before = [p.detach().clone() for p in net.parameters()]
+    with pytest.raises(ValueError, match=message):
+        quiet_fit(net, E2EBP(), digits, checkpoint=tmp_path / "run.pt", **options)
+    assert all(torch.equal(a, b) for a, b in zip(before, net.parameters(), strict=True))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("net", "message"),
+    [
+        (lambda: networks.mlp([64, 9]), r"output has shape \(9,\), but 'digits' has 10 classes"),
+        (lambda: nn.Conv2d(1, 10, 3), r"output has shape \(10, 6, 6\)"),
+        (lambda: networks.mlp([100, 10]), r"cannot run on images of shape \(1, 8, 8\) of 'digits'"),
+        (lambda: nn.Sequential(nn.BatchNorm1d(64), nn.Linear(64, 10)), "expected 2D or 3D input"),
+        (lambda: networks.cnn(channels=1), "build it for that shape"),
+    ],
+)
+def test_networks_that_do_not_fit_the_data_are_refused(
+    net: Callable[[], nn.Module], message: str, digits: Dataset
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        quiet_fit(net(), E2EBP(), digits)
+
+
+def test_data_that_cannot_be_learned_from_is_refused() -> None:
+    x, y = np.zeros((40, 4), np.float32), np.arange(40) % 2
+    x[3, 2] = np.nan
+    with pytest.raises(ValueError, match="NaN"):
+        Dataset("bad", x, y, x, y, ("a", "b"))
+    x[3, 2] = 0.0
+    y[7] = 2
+    with pytest.raises(ValueError, match="number them 0 to 1"):
+        Dataset("bad", x, y, x, y, ("a", "b"))
+
+
+def test_an_objective_that_becomes_nan_ends_the_run(digits: Dataset, tmp_path: Path) -> None:
+    path = tmp_path / "run.pt"
+    net = small_net()
+    run = partial(quiet_fit, net, E2EBP(optimizer=sgd(0.1)), digits, epochs=3, checkpoint=path)
+
+    def schedule(progress: float) -> float:
+        return 1.0 if progress < 0.5 else float("inf")
+
+    with pytest.raises(FloatingPointError, match=r"became \[nan\]; lower the learning rate"):
+        run(schedule=schedule)
+    state = torch.load(path, weights_only=True)
+    assert len(state["rows"]) == 1
+    assert all(tensor.isfinite().all() for tensor in state["net"].values())
+
+
+def test_devices() -> None:
+    assert pick_device("cpu") == torch.device("cpu")
+    assert pick_device(torch.device("cpu")) == torch.device("cpu")
+    if not torch.cuda.is_available() and not torch.backends.mps.is_available():
+        assert pick_device() == torch.device("cpu")
+        with pytest.raises(ValueError, match=r"device='cuda' cannot be used here \(.*use 'auto'"):
+            pick_device("cuda")
+
+
+def test_five_lines_are_enough(capsys: pytest.CaptureFixture[str]) -> None:
+    net = modlib.partition(modlib.networks.mlp([64, 32, 10], kernel="relu", seed=0), ["features"])
+    method = modlib.methods.ProxyObjective(
+        modlib.objectives.SupCon(kernel="relu"), optimizer=sgd(0.5)
+    )
+    data = modlib.data.load("digits")
+    history = modlib.fit(net, method, data, epochs=2)
+    assert history.final["test_accuracy"] > 0.2  # chance is 0.1
+    assert "stage 2/2, epoch 2/2" in capsys.readouterr().err
