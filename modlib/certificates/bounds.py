@@ -49,7 +49,7 @@ def global_bound(
 
     Returns:
         The bound. Closed form for balanced classes and hinges; else the value at a dual feasible
-        point, within 1e-7 of the optimum (rounding is allowed for, downwards). For cross-entropy,
+        point, within 1e-8 of the optimum (rounding is allowed for, downwards). For cross-entropy,
         unbalanced classes, five classes or more and ``floor = 0`` the bound is true but perhaps not
         reached: positive semidefinite and nonnegative relaxes completely positive.
 

@@ -302,7 +302,7 @@ def _notes(
         notes.append("the head has no bias, the heads that it is compared with have one")
     if facts.dead:
         notes.append(f"{facts.dead} of {rows.n} features are zero: every unit before them is off")
-    if facts.slack > 0:
+    if facts.slack > 1e-5:
         notes.append(
             f"rounding: norm or floor is off by {facts.slack:.1e}; the bound allows for it"
         )
