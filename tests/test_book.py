@@ -233,6 +233,7 @@ if BROWSER := browser():
     def open_page(chromium: Any, path: Path, width: int, scheme: str) -> tuple[Page, list[str]]:
         """The page, and a list that collects what goes wrong on it."""
         page = chromium.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
+        page.set_default_timeout(120_000)  # machines under test are busy
         wrong: list[str] = []
         local = ("file:", "data:", "blob:")
         page.on("request", lambda r: r.url.startswith(local) or wrong.append(f"asks for {r.url}"))
@@ -279,6 +280,14 @@ if BROWSER := browser():
             figure.locator("button").click()
             page.wait_for_function("slider => slider.value === '1'", arg=slider.element_handle())
             assert figure.locator("button").get_attribute("aria-label") in {"Pause", "Play"}
+        page.close()
+        assert not wrong
+
+    def test_search_works_without_a_server(chromium: Any, pages: Path) -> None:
+        page, wrong = open_page(chromium, pages / "search.html", 1300, "light")
+        page.goto((pages / "search.html").as_uri() + "?q=auxiliary+network")
+        page.get_by_role("link", name="Notation and glossary").last.wait_for()
+        page.wait_for_timeout(300)
         page.close()
         assert not wrong
 

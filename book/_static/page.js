@@ -1,3 +1,6 @@
+// A page opened from a folder may not read other pages, so the search shows titles without excerpts.
+if (location.protocol === "file:") DOCUMENTATION_OPTIONS.SHOW_SEARCH_SUMMARY = false;
+
 // What the theme leaves open for keyboards and screen readers.
 document.addEventListener("DOMContentLoaded", () => {
   document.querySelector(".bd-sidebar-primary")?.setAttribute("role", "complementary");
