@@ -26,7 +26,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -116,11 +116,13 @@ def unbalanced_bound(
         return best
     found = interior_point(program, _circulation(_scores(head, points), program.shares))
     value = certify(program, _rebiased(program, found.scores), found.v, found.u)
-    points = _points(found.gram, program.floor)
-    reached = program.head(points).risk
-    if reached < best.reached:
-        return UnbalancedBound(max(value, best.value), reached, points.T @ points)
-    return UnbalancedBound(max(value, best.value), best.reached, best.gram)
+    best = replace(best, value=max(value, best.value))
+    for gram in found.grams:
+        points = _points(gram, program.floor)
+        reached = program.head(points).risk
+        if reached < best.reached:
+            best = replace(best, reached=reached, gram=points.T @ points)
+    return best
 
 
 def _points(gram: Array, floor: float) -> Array:
@@ -351,12 +353,16 @@ def _tied_symmetric(member: Array) -> Array:
 
 @dataclass(frozen=True)
 class _DualPoint:
-    """Scores, ``V``, ``u`` and what is proportional to the class points' Gram matrix."""
+    """Scores, ``V``, ``u``, and Gram matrices of the class points up to a factor.
+
+    The nearer the optimum the more singular is the matrix that they are inverted from: the last is not
+    always the best.
+    """
 
     scores: Array
     v: Array
     u: Array
-    gram: Array
+    grams: list[Array]
 
 
 def interior_point(program: Program, flows: Array) -> _DualPoint:
@@ -365,12 +371,13 @@ def interior_point(program: Program, flows: Array) -> _DualPoint:
     x = barrier.start(flows)
     terms = len(barrier.rows) + 2 * len(barrier.p)  # terms * μ is the gap at the centre for μ
     n, mu, gap = len(flows), 1.0, math.inf
-    gram: Array = np.eye(n)
+    grams: list[Array] = []
     while gap > 0.1 * _TOLERANCE:
         x = _centre(barrier, x, mu)
         gap = mu * terms / min(1.0, max(barrier.dual(x), 1e-9))
-        if gap > 1e-7:  # the inverse is nearly singular: its rounding grows as the gap shrinks
-            gram = np.linalg.inv(barrier.matrix(x))[n:, n:]  # the matrix's multiplier is that of G
+        grams.append(
+            np.linalg.inv(barrier.matrix(x))[n:, n:]
+        )  # the matrix's multiplier is that of G
         mu /= 10
     f, v, u, free = np.split(x, barrier.splits)
     scale = free[0] if len(free) else 1.0
@@ -378,7 +385,7 @@ def interior_point(program: Program, flows: Array) -> _DualPoint:
     q = (flows + np.diag(barrier.p - flows.sum(0))) / barrier.p
     multipliers: Array = (barrier.v @ v) * scale
     cover: Array = (barrier.member @ u) * scale
-    return _DualPoint(np.log(q), multipliers, cover, gram)
+    return _DualPoint(np.log(q), multipliers, cover, grams[-4:])
 
 
 def _centre(barrier: _Barrier, x: Array, mu: float) -> Array:
