@@ -43,7 +43,8 @@ def build(folder: Path, address: str) -> Path:
         [*command, "-W", "-n", "--keep-going"], cwd=folder, capture_output=True, text=True
     )
     warnings = [line for line in run.stderr.splitlines() if "WARNING" in line or "ERROR" in line]
-    assert run.returncode == 0, "\n".join(warnings) or run.stderr[-3000:]
+    if run.returncode:
+        pytest.fail("\n".join(warnings) or run.stderr[-3000:], pytrace=False)
     return folder / "_build/html"
 
 
