@@ -6,7 +6,7 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 _DESCRIPTION = """\
@@ -55,7 +55,9 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument(
         "--data", default="digits", help="an image data set (default: digits, embedded)"
     )
-    sub.add_argument("--epochs", type=int, default=12, help="epochs of every module (default: 12)")
+    sub.add_argument(
+        "--epochs", type=_whole(1), default=12, help="epochs of every module (default: 12)"
+    )
     sub.add_argument("--json", action="store_true", help='print {"rows": [...]} for machines')
     _common(sub)
 
@@ -65,7 +67,9 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--results", default="book/results", help="folder for the record")
     sub.add_argument("--runs", default="runs", help="folder for checkpoints")
     sub.add_argument("--resume", action="store_true", help="go on from the run's checkpoint")
-    sub.add_argument("--threads", type=int, help="processor threads (default: PyTorch's choice)")
+    sub.add_argument(
+        "--threads", type=_whole(1), help="processor threads (default: PyTorch's choice)"
+    )
     _common(sub)
 
     sub = add("data", _data, "Prepare a data set, or say how to do it by hand.", _DATA)
@@ -76,14 +80,14 @@ def _parser() -> argparse.ArgumentParser:
 
     sub = add("audit", _audit, "Measure what a method needs, on a small network.", _AUDIT)
     sub.add_argument("method", nargs="?", metavar="METHOD", help="a method (default: all)")
-    sub.add_argument("--modules", type=int, default=3, help="K (default: 3)")
+    sub.add_argument("--modules", type=_whole(2), default=3, help="K (default: 3)")
     sub.add_argument("--json", action="store_true", help="print plain data for machines")
     return parser
 
 
 def _common(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
-        "--seed", type=int, default=0, help="of weights, order, augmentation (default: 0)"
+        "--seed", type=_whole(0), default=0, help="of weights, order, augmentation (default: 0)"
     )
     sub.add_argument(
         "--root", help="where data sets are kept (default: $MODLIB_DATA, else a cache)"
@@ -92,7 +96,20 @@ def _common(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--quiet", action="store_true", help="no progress bars")
 
 
-# --- commands: heavy imports inside, so that --help is immediate ----------------------------------
+def _whole(least: int) -> Callable[[str], int]:
+    """An option's type: a whole number that is large enough."""
+
+    def parse(text: str) -> int:
+        value = int(text)
+        if value < least:
+            raise argparse.ArgumentTypeError(f"{value} is too small; give {least} or more")
+        return value
+
+    parse.__name__ = "whole number"  # as argparse calls it when the text is none
+    return parse
+
+
+# --- commands: imports inside, since --help needs none of them ------------------------------------
 
 _COMPARE = """\
 The same network, data, order and epochs for each method. The category is measured, not declared.

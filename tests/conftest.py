@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -30,3 +32,11 @@ def real_data() -> Path:
     if not folder:
         pytest.skip("needs real data: set MODLIB_DATA to a folder of prepared data sets")
     return Path(folder)
+
+
+@pytest.fixture(scope="session")
+def processes() -> Any:
+    """Processes that begin with everything imported, and without this one's threads."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["modlib.experiments", "sklearn.datasets", "torch._dynamo"])
+    return context

@@ -1,10 +1,13 @@
-"""Training runs that are killed, in processes of their own: what tests/test_training.py resumes."""
+"""Runs that are killed or interrupted, in processes of their own: what other tests resume."""
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import os
 import signal
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +16,8 @@ import torch
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-import modlib
+import modlib.cli
+import modlib.experiments
 from modlib.methods import (
     E2EBP,
     DifferenceTargetPropagation,
@@ -116,3 +120,19 @@ def train_and_die(case: str, checkpoint: Path, event: str, count: int) -> None:
     elif event == "replaced":  # between two epochs
         os.replace = _at(count, replace, replaced)
     train(case, checkpoint)
+
+
+def long_recipe() -> Any:
+    """A recipe whose smoke run has epochs enough to be interrupted between them."""
+    recipe = modlib.experiments.RECIPES["cifar10-e2ebp"]
+    smoke = dataclasses.replace(recipe.profiles["smoke"], epochs=3)
+    return dataclasses.replace(recipe, name="long", profiles={"smoke": smoke})
+
+
+def command(arguments: list[str], errors: Path) -> None:
+    """The ``modlib`` command with that recipe and slow steps; standard error goes to a file."""
+    torch.set_num_threads(1)
+    modlib.experiments.RECIPES["long"] = long_recipe()
+    register_optimizer_step_post_hook(lambda *_: time.sleep(0.05))
+    os.dup2(os.open(errors, os.O_WRONLY | os.O_CREAT), 2)
+    sys.exit(modlib.cli.main(arguments))

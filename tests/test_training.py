@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import random
 import time
 from collections.abc import Callable
@@ -41,14 +40,6 @@ def states_equal(a: nn.Module, b: nn.Module) -> bool:
 # --- kill -9 --------------------------------------------------------------------------------------
 
 LOSING_AN_EPOCH = ["step", "half", "written"]  # see interrupted.train_and_die
-
-
-@pytest.fixture(scope="module")
-def processes() -> Any:
-    """Processes that begin with everything imported, and without this one's threads."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["modlib", "sklearn.datasets", "torch._dynamo"])
-    return context
 
 
 def killed(processes: Any, case: str, path: Path, event: str, count: int) -> bool:

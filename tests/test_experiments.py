@@ -1,0 +1,171 @@
+"""Recipes and the records that they write: the only source of numbers in the book."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from modlib.data import Dataset
+from modlib.experiments import RECIPES, environment, run
+from modlib.experiments.audits import audits
+from modlib.experiments.compare import compare
+from modlib.experiments.recipes import Profile, Recipe
+
+RESULTS = Path(__file__).parents[1] / "book" / "results"
+RECORDS = sorted(RESULTS.glob("*-seed*.json"))
+CONTRACT = {
+    "recipe": str,
+    "data": str,
+    "profile": str,
+    "seed": int,
+    "method": str,
+    "category": str,
+    "modules": int,
+    "commit": str,
+    "versions": dict,
+    "hardware": str,
+    "wall_s": float,
+    "peak_saved_bytes": int,
+    "history": list,
+    "final": dict,
+}
+CATEGORY = {"E2EBP": "end-to-end", "ProxyObjective": "modular"}
+
+
+def check_record(record: dict[str, Any]) -> None:
+    for name, kind in CONTRACT.items():
+        assert isinstance(record[name], kind), name
+    assert record["category"] in ("modular", "weakly modular", "end-to-end")
+    assert record["category"] == CATEGORY.get(record["method"], record["category"])
+    assert record["category"] == record["audit"]["category"]
+    assert len(record["audit"]["labels"]) == record["modules"]
+    assert {"python", "torch", "torchvision", "numpy", "modlib"} <= set(record["versions"])
+    last = record["history"][-1]
+    assert record["final"]["test_accuracy"] == last["test_accuracy"]  # final, never the best
+    assert all(0 <= record["final"][f"{split}_accuracy"] <= 1 for split in ("train", "test"))
+    assert record["wall_s"] == pytest.approx(sum(r["seconds"] for r in record["history"]), abs=0.1)
+    stages = [row["stage"] for row in record["history"]]
+    assert stages == sorted(stages)
+    assert record["peak_saved_bytes"] > 0
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_runs_at_smoke_size_and_writes_its_record(name: str, tmp_path: Path) -> None:
+    results, runs = tmp_path / "results", tmp_path / "runs"
+    record = run(name, results=results, runs=runs, progress=False)
+    target = results / f"{name}-smoke-seed0.json"
+    written = json.loads(target.read_text())
+    assert written == json.loads(json.dumps(record))
+    check_record(written)
+    assert (written["recipe"], written["profile"], written["seed"]) == (name, "smoke", 0)
+    kept = {path.name for path in (runs / f"{name}-smoke-seed0").iterdir()}
+    epochs = {f"stage{r['stage']}-epoch{r['epoch']}.pt" for r in written["history"]}
+    assert kept == epochs | {"checkpoint.pt"}
+    assert [p.name for p in results.iterdir()] == [target.name]
+
+
+def test_a_record_is_not_overwritten(tmp_path: Path) -> None:
+    run("cifar10-e2ebp", results=tmp_path, runs=tmp_path / "runs", progress=False)
+    target = tmp_path / "cifar10-e2ebp-smoke-seed0.json"
+    before = target.read_text()
+    with pytest.raises(ValueError, match="exists; move it away to run this again"):
+        run("cifar10-e2ebp", results=tmp_path, runs=tmp_path / "runs", progress=False)
+    assert target.read_text() == before
+
+
+def test_the_same_recipe_and_seed_give_the_same_numbers(tmp_path: Path) -> None:
+    records = []
+    for folder, seed in (("a", 0), ("b", 0), ("c", 1)):
+        where = tmp_path / folder
+        records.append(run("cifar10-dgl", "smoke", seed, results=where, runs=where, progress=False))
+    finals = [record["final"] for record in records]
+    assert finals[0] == finals[1] != finals[2]
+
+
+def test_unknown_recipes_and_profiles_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="recipe='cifar10' is unknown; choose from cifar10-e2ebp"):
+        run("cifar10", results=tmp_path, runs=tmp_path)
+    with pytest.raises(ValueError, match="profile='tiny': recipe 'cifar10-e2ebp' has smoke, cpu"):
+        run("cifar10-e2ebp", "tiny", results=tmp_path, runs=tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def stand_in(profile: Profile) -> Dataset:
+    """A few images of the shape of the profile's data set."""
+    size, channels = {"cifar10": (32, 3), "mnist": (28, 1), "digits": (profile.size or 8, 1)}[
+        profile.data
+    ]
+    images = np.zeros((20, size, size, channels), np.uint8)
+    labels = np.arange(20) % 10
+    return Dataset(profile.data, images, labels, images, labels)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("profile", ["cpu", "gpu"])
+def test_networks_of_all_sizes_can_be_built_cut_and_staged(name: str, profile: str) -> None:
+    recipe: Recipe = RECIPES[name]
+    settings = recipe.profiles[profile]
+    data = stand_in(settings)
+    x = torch.zeros(2, *data.shape)
+    net = recipe.network(settings, data, 0, x)
+    stages = recipe.method().stages(net, x)
+    epochs = recipe.epochs(settings, len(net))
+    assert isinstance(epochs, int) or len(epochs) == len(stages)
+    assert net.shapes(x)[-1] == (10,)
+
+
+def test_every_recipe_is_compared_on_the_same_network_and_data() -> None:
+    """Same trunk, epochs and batches for each data set, or the comparison says nothing."""
+    for prefix in ("cifar10-", "mnist-"):
+        group = [recipe for name, recipe in RECIPES.items() if name.startswith(prefix)]
+        for profile in ("cpu", "gpu"):
+            assert len({repr(recipe.profiles[profile]) for recipe in group}) == 1
+            data = stand_in(group[0].profiles[profile])
+            x = torch.zeros(2, *data.shape)
+            weights = [
+                torch.cat(
+                    [p.flatten() for p in r.network(r.profiles[profile], data, 3, x).parameters()]
+                )
+                for r in group[:3]
+            ]
+            assert all(torch.equal(weights[0], other) for other in weights)
+
+
+@pytest.mark.parametrize("path", RECORDS, ids=lambda path: path.stem)
+def test_committed_records_keep_the_contract(path: Path) -> None:
+    record = json.loads(path.read_text())
+    check_record(record)
+    assert path.stem == f"{record['recipe']}-{record['profile']}-seed{record['seed']}"
+    assert record["recipe"] in RECIPES
+    assert not record["commit"].endswith("+"), "made from a tree with changes that no commit has"
+    recipe = RECIPES[record["recipe"]]
+    settings = record["settings"]
+    assert settings["lr"] == recipe.note["lr"]
+    assert settings["epochs"] == recipe.profiles[record["profile"]].epochs
+
+
+def test_audits_of_every_method() -> None:
+    for modules in (3, 4):
+        found = audits(modules=modules)
+        assert [a.modules for a in found] == [modules] * len(found)
+        assert {a.category for a in found} == {"modular", "weakly modular", "end-to-end"}
+    assert audits("E2EBP", 2)[0].modules == 2
+    with pytest.raises(ValueError, match="method='BP' is unknown"):
+        audits("BP")
+
+
+def test_compare_refuses_what_is_no_image() -> None:
+    with pytest.raises(ValueError, match="data='moons' holds no images"):
+        compare("moons", progress=False)
+
+
+def test_environment_says_where_a_number_came_from() -> None:
+    assert environment.versions()["torch"] == torch.__version__.split("+")[0]
+    assert "thread" in environment.hardware(torch.device("cpu"))
+    commit = environment.commit()
+    assert commit is None or len(commit.removesuffix("+")) == 40
