@@ -375,9 +375,8 @@ def interior_point(program: Program, flows: Array) -> _DualPoint:
     while gap > 0.1 * _TOLERANCE:
         x = _centre(barrier, x, mu)
         gap = mu * terms / min(1.0, max(barrier.dual(x), 1e-9))
-        grams.append(
-            np.linalg.inv(barrier.matrix(x))[n:, n:]
-        )  # the matrix's multiplier is that of G
+        inverse = np.asarray(np.linalg.inv(barrier.matrix(x)), dtype=np.float64)
+        grams.append(inverse[n:, n:])  # the multiplier of the matrix is that of G
         mu /= 10
     f, v, u, free = np.split(x, barrier.splits)
     scale = free[0] if len(free) else 1.0

@@ -1,0 +1,167 @@
+r"""How much can a nearly ideal Gram matrix lose? The stability theorem as a number.
+
+Let :math:`g_{ik}` be the mean kernel value of example i with class k, over :math:`\alpha^2`. It falls short
+of the ideal by :math:`\delta_i = 1 - g_{i y_i}` within the class and exceeds it by
+:math:`\varepsilon_{ik} = g_{ik} - \beta` between classes. With :math:`\omega_i = (\delta_i + \max_k
+\varepsilon_{ik}) / (1 - \beta)`, :math:`t` the mean of :math:`(\delta_i + \varepsilon_{ik}) / (1 - \beta)` over
+examples and other classes, :math:`\psi(x) = \log(1 + (C-1) e^{-x})` and :math:`x^* = \alpha r
+\sqrt{(1-\beta)/(C-1)}`, the input module's share of the gap is, for balanced classes,
+
+.. math:: \psi(x^* \sqrt{1 - t}) - \psi(x^*) \;\le\; \text{share} \;\le\;
+          \frac1n \sum_i \psi\!\left(x^* \frac{1 - \omega_i}{\sqrt{1 - t}}\right) - \psi(x^*)
+          ,\qquad \text{share} \le x^* \frac1n \sum_i \omega_i .
+
+Both sides agree to first order when every example deviates alike. For the binary losses of slope at most
+one, any proportions and :math:`D = \alpha \sqrt{2 (1-\beta)}`: share :math:`\le \frac{r D}{2} \frac1n \sum_i
+\omega_i`.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike
+from torch import Tensor
+
+from modlib.certificates.bounds import softplus
+from modlib.certificates.head import Rows, check_labels
+
+
+@dataclass(frozen=True)
+class Deviations:
+    """How far the Gram matrix is from ideal, example by example.
+
+    Attributes:
+        within: ``(n,)`` one less the mean kernel value with the own class, over ``α²``.
+        between: ``(n,)`` the largest mean kernel value with another class, over ``α²``, less the floor.
+        mean_between: ``(n,)`` the same with the mean over the other classes for the largest.
+        floor, feature_norm, classes: what they are measured against.
+        balanced: whether all classes have the same number of examples.
+    """
+
+    within: Tensor
+    between: Tensor
+    mean_between: Tensor
+    floor: float
+    feature_norm: float
+    classes: int
+    balanced: bool = True
+
+    @staticmethod
+    def of(
+        features: ArrayLike | Tensor,
+        labels: ArrayLike | Tensor,
+        floor: float,
+        feature_norm: float = 1.0,
+    ) -> Deviations:
+        """Measure them: ``(n, d)`` features, ``(n,)`` labels with every class present.
+
+        The mean kernel value with a class is the inner product with its mean feature: no (n, n) matrix
+        is built.
+        """
+        x = features.detach() if isinstance(features, Tensor) else np.asarray(features)
+        y = torch.as_tensor(labels).detach().cpu().long()
+        if x.ndim != 2 or y.ndim != 1 or len(x) != len(y) or len(y) == 0:
+            raise ValueError(
+                f"features {tuple(x.shape)}, labels {tuple(y.shape)}: give (n, d) and (n,)"
+            )
+        classes = check_labels(y)
+        counts = torch.bincount(y, minlength=classes)
+        rows = Rows(x, y, torch.ones(len(y), dtype=torch.float64))
+        means = rows.pull(torch.nn.functional.one_hot(y, classes).double() / counts)
+        means[:, -1] = 0
+        g = rows.scores(means) / feature_norm**2
+        own = g.gather(1, y[:, None])[:, 0]
+        others = g.scatter(1, y[:, None], -math.inf)
+        return Deviations(
+            within=1 - own,
+            between=others.max(1).values - floor,
+            mean_between=(g.sum(1) - own) / (classes - 1) - floor,
+            floor=floor,
+            feature_norm=feature_norm,
+            classes=classes,
+            balanced=bool((counts == counts[0]).all()),
+        )
+
+    @staticmethod
+    def uniform(
+        within: float, between: float, classes: int, floor: float, feature_norm: float = 1.0
+    ) -> Deviations:
+        """Every example deviates alike."""
+        d, e = torch.tensor([within]).double(), torch.tensor([between]).double()
+        return Deviations(d, e, e, floor, feature_norm, classes)
+
+
+@dataclass(frozen=True)
+class StabilityBound:
+    """The input module's share of the gap lies between ``lower`` and ``upper``.
+
+    ``linear`` is the simpler upper bound, proportional to the mean deviation and to the head norm.
+    """
+
+    lower: float
+    upper: float
+    linear: float
+
+    def __str__(self) -> str:
+        return (
+            f"input module's share between {self.lower:.6f} and {self.upper:.6f} "
+            f"(linear bound {self.linear:.6f})"
+        )
+
+
+def stability_bound(
+    deviations: Deviations, head_norm: float, loss: str = "cross_entropy"
+) -> StabilityBound:
+    """Bounds on the input module's share of the optimality gap from the Gram matrix alone.
+
+    Arguments:
+        deviations: of the Gram matrix, from `Deviations.of` or `Deviations.uniform`.
+        head_norm: the norm budget ``r`` of the head.
+        loss: ``"cross_entropy"`` (balanced classes), ``"logistic"`` or ``"hinge"`` (two classes, any
+            proportions; only an upper bound, the lower one is zero).
+
+    Raises:
+        ValueError: for unbalanced classes with cross-entropy, an unknown loss, a head norm that is not
+            positive and finite, and deviations that are below zero (the floor is violated).
+
+    Source: this book, the stability theorem.
+
+    >>> print(stability_bound(Deviations.uniform(0.1, 0.0, classes=10, floor=0.0), head_norm=10.0))
+    input module's share between 0.044342 and 0.044342 (linear bound 0.333333)
+    """
+    if loss not in ("cross_entropy", "logistic", "hinge"):
+        raise ValueError(f"loss is {loss!r}: choose cross_entropy, logistic or hinge")
+    if not (math.isfinite(head_norm) and head_norm > 0):
+        raise ValueError(f"head_norm is {head_norm}: it must be positive and finite")
+    least = min(float(deviations.within.min()), float(deviations.between.min()))
+    if not least > -1e-4:
+        raise ValueError(
+            f"deviations are as low as {least:.3g}: the features are too long or below the floor"
+        )
+    others, width = deviations.classes - 1, 1 - deviations.floor
+    omega = (deviations.within + deviations.between) / width
+    if loss != "cross_entropy":
+        distance = deviations.feature_norm * math.sqrt(2 * width)
+        linear = head_norm * distance / 2 * float(omega.mean())
+        return StabilityBound(0.0, linear, linear)
+    if not deviations.balanced:
+        raise ValueError("deviations are of unbalanced classes: the theorem is about balanced ones")
+    ideal = deviations.feature_norm * head_norm * math.sqrt(width / others)
+    least_risk = _psi(ideal, others)
+    t = float((deviations.within + deviations.mean_between).mean()) / width
+    linear = ideal * float(omega.mean())
+    lower = max(0.0, _psi(ideal * math.sqrt(max(1 - t, 0.0)), others) - least_risk)
+    if t >= 1:  # the class means coincide: no head does better than guessing
+        return StabilityBound(lower, max(lower, math.log1p(others) - least_risk), linear)
+    margins = ideal * (1 - omega) / math.sqrt(1 - t)
+    upper = float(torch.nn.functional.softplus(math.log(others) - margins).mean()) - least_risk
+    upper = min(upper, linear, math.log1p(others) - least_risk)
+    return StabilityBound(lower, max(upper, lower), linear)
+
+
+def _psi(x: float, others: int) -> float:
+    return softplus(math.log(others) - x)
