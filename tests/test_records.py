@@ -1,0 +1,64 @@
+"""What the book's numbers rest on: learning rates that a search chose, and records completed later."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from modlib.experiments import run
+from modlib.experiments.certify import certify
+from modlib.experiments.recipes import RATES, RECIPES, TUNED
+from modlib.experiments.tune import LADDER, search
+
+RESULTS = Path(__file__).parents[1] / "book" / "results"
+
+
+def tuning() -> dict[str, dict[str, float]]:
+    table: dict[str, dict[str, float]] = json.loads(
+        (RESULTS / "tuning" / "cifar10.json").read_text()
+    )
+    return {name: tried for name, tried in table.items() if name != "settings"}
+
+
+def test_every_tuned_recipe_uses_the_rate_that_the_search_found_best() -> None:
+    best = {name: float(max(tried, key=lambda lr: tried[lr])) for name, tried in tuning().items()}
+    assert best == RATES
+    assert set(RATES) == set(TUNED)
+
+
+@pytest.mark.parametrize("name", sorted(RATES))
+def test_the_best_rate_has_a_worse_one_on_either_side(name: str) -> None:
+    tried = {float(lr): accuracy for lr, accuracy in tuning()[name].items()}
+    place = LADDER.index(RATES[name])
+    beside = [LADDER[i] for i in (place - 1, place + 1) if 0 <= i < len(LADDER)]
+    assert all(tried[lr] <= tried[RATES[name]] for lr in beside)
+
+
+def test_the_search_climbs_to_the_best_rate_wherever_it_is() -> None:
+    for best in LADDER:
+        tried = search(lambda lr, best=best: -abs(LADDER.index(lr) - LADDER.index(best)))  # type: ignore[misc]
+        assert max(tried, key=lambda lr: tried[lr]) == best
+
+
+def test_committed_records_were_run_with_the_recipes_rates() -> None:
+    for path in RESULTS.glob("cifar10-*.json"):
+        record = json.loads(path.read_text())
+        assert record["settings"]["lr"] == RECIPES[record["recipe"]].settings()["lr"], path.name
+
+
+def test_a_record_is_completed_from_the_networks_that_the_run_kept(tmp_path: Path) -> None:
+    where = {"results": tmp_path / "results", "runs": tmp_path / "runs"}
+    plain = run("cifar10-proxy-supcon", progress=False, **where)
+    full = certify("cifar10-proxy-supcon", every_epoch=True, **where)
+    assert {key: full[key] for key in plain} == json.loads(json.dumps(plain))
+    assert len(full["pairs"]) == len(full["input_gap"]) == len(plain["history"])
+    certificate = full["certificate"]
+    assert certificate["achieved"] == pytest.approx(plain["final"]["train_loss"], rel=1e-4)
+    assert certificate["bound"] <= certificate["best_head"] <= certificate["achieved"] + 1e-6
+
+
+def test_a_record_without_its_run_cannot_be_completed(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="run the recipe first"):
+        certify("cifar10-e2ebp", results=tmp_path, runs=tmp_path)
