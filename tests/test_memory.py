@@ -132,6 +132,15 @@ def test_local_learning_needs_the_memory_of_its_largest_module(
     assert local < 0.75 * whole
 
 
+def test_frozen_modules_need_no_memory() -> None:
+    """Each stage of training in turn holds what its own module and head save."""
+    net = networks.cnn((16, 32, 64), 10, stride=1, seed=0)
+    x, y = torch.randn(16, 3, 32, 32), torch.arange(16) % 10
+    cut = partition(net, 3, sample=x)
+    stages = audit(LocalLearning(AuxiliaryClassifier("linear"), in_turn=True), cut, (x, y)).stages
+    assert [stage.saved_bytes for stage in stages] == needs(cut, "linear", x, y)
+
+
 def test_end_to_end_memory_is_that_of_one_module(digits: Dataset) -> None:
     x, y = Loader(digits).sample(64)
     net = networks.mlp([64, 32, 32, 10], seed=0)
