@@ -397,11 +397,12 @@ def _batches(
         batches = Loader(
             data,
             split,
-            batch_size,
+            min(batch_size, len(getattr(data, f"{split}_labels"))),
             device=str(device),
             augment=False,
             shuffle=False,
             drop_last=False,
+            memory="map",  # the images stay where they are: this pass needs each of them once
         ).epoch(0, 0)
     for x, y in batches:
         yield x.to(device), y
