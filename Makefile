@@ -52,6 +52,8 @@ check: $(STAMP)
 	@$(BIN)/mypy || { echo "make: mypy found a type error (above)"; exit 1; }
 
 test: check
+	@for name in chromium chromium-browser google-chrome; do command -v $$name; done | grep -q . || \
+		echo "make: there is no Chromium here, so the pages are tested without a browser"
 	@MODLIB_QUICK=1 $(BIN)/pytest -n 2 --dist loadscope -q
 
 notebooks: $(STAMP)

@@ -1,7 +1,7 @@
 """Read the records of runs: the only source of numbers in the book."""
 
+import importlib.metadata
 import json
-import sysconfig
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from statistics import fmean, stdev
@@ -12,10 +12,12 @@ Record = dict[str, Any]
 
 def records_folder() -> Path:
     """The records of the checkout this package lies in, else those installed with the package."""
-    checkout = Path(__file__).parents[2] / "book" / "results"
-    return (
-        checkout if checkout.is_dir() else Path(sysconfig.get_path("data"), "share/modlib/results")
-    )
+    checkout = Path(__file__).parents[2] / "book/results"
+    if checkout.is_dir():
+        return checkout
+    installed = importlib.metadata.files("modlib-book") or []
+    found = [Path(str(file.locate())) for file in installed if file.parent.match("modlib/results")]
+    return found[0].parent if found else checkout
 
 
 def records(*, folder: Path | str | None = None, **wanted: Any) -> list[Record]:
