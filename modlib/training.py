@@ -126,10 +126,13 @@ def fit(
         The history; the network is trained in place and left in eval mode.
 
     Raises:
-        ValueError: an argument cannot work; nothing has been run or written.
+        ValueError, TypeError: an argument cannot work; nothing has been run or written.
         FloatingPointError: an objective became infinite or NaN; the checkpoint holds the last good
             epoch.
     """
+    _check_kind("net", net, nn.Module, "modlib.networks.cnn()")
+    _check_kind("method", method, Method, "modlib.methods.E2EBP()")
+    _check_kind("data", data, Dataset, "modlib.data.load('digits')")
     device = pick_device(device)
     net = net if isinstance(net, ModularNetwork) else ModularNetwork([[("net", net)]])
     augmentation = _augment(augment, data)
@@ -403,6 +406,12 @@ def _epochs(epochs: int | Sequence[int], stages: int) -> tuple[int, ...]:
     for length in lengths:
         _check_whole("epochs", length, 1)
     return lengths
+
+
+def _check_kind(name: str, value: object, kind: type, example: str) -> None:
+    if not isinstance(value, kind):
+        what = f"the class {value.__name__}" if isinstance(value, type) else f"{value!r:.60}"
+        raise TypeError(f"{name}: {what} is no {kind.__name__}; give one, such as {example}.")
 
 
 def _check_whole(name: str, value: int, least: int) -> None:

@@ -537,6 +537,14 @@ def test_optimizers_may_be_one_for_all_or_one_for_each(
         kind(optimizer=[sgd()] * (count + 1)).stages(make_net(), batch[0])
 
 
+def test_objectives_are_instances() -> None:
+    for build in (E2EBP, LocalLearning, ProxyObjective):
+        with pytest.raises(TypeError, match=r"objective=<class .*CrossEntropy'> is no Objective"):
+            build(CrossEntropy)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"output=Linear\(.*\) is no Objective; give one"):
+        LocalLearning(output=nn.Linear(2, 2))  # type: ignore[arg-type]
+
+
 def test_a_method_must_say_what_it_does() -> None:
     with pytest.raises(NotImplementedError, match="Method must define stages"):
         Method().stages(relu_net(), torch.zeros(1, 64))

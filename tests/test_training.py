@@ -479,6 +479,21 @@ def test_wrong_arguments_are_refused(
 
 
 @pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"net": "resnet18"}, r"net: 'resnet18' is no Module; give one, such as modlib.networks"),
+        ({"method": E2EBP}, r"method: the class E2EBP is no Method; give one, such as .*E2EBP\(\)"),
+        ({"data": "digits"}, r"data: 'digits' is no Dataset; give one, such as modlib.data.load"),
+    ],
+)
+def test_arguments_of_a_wrong_kind_are_refused(
+    change: dict[str, Any], message: str, digits: Dataset
+) -> None:
+    with pytest.raises(TypeError, match=message):
+        quiet_fit(**{"net": small_net(), "method": E2EBP(), "data": digits} | change)
+
+
+@pytest.mark.parametrize(
     ("net", "message"),
     [
         (lambda: networks.mlp([64, 9]), r"output has shape \(9,\), but 'digits' has 10 classes"),

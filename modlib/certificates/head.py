@@ -233,7 +233,8 @@ def _checked(
     if weights is None:
         w = torch.full((len(y),), 1.0 / len(y), dtype=torch.float64)
     else:
-        w = torch.as_tensor(weights).detach().cpu().double()
+        given = weights if isinstance(weights, Tensor) else np.asarray(weights, dtype=np.float64)
+        w = torch.as_tensor(given).detach().cpu().double()
         if w.shape != y.shape or not bool((torch.isfinite(w) & (w > 0)).all()):
             raise ValueError("weights: give one positive finite number for each row of features")
         w = w / w.sum()

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from modlib.methods.method import MakeOptimizer, Method, Stage
+from modlib.methods.method import MakeOptimizer, Method, Stage, checked
 from modlib.network import ModularNetwork
 from modlib.objectives import CrossEntropy, Objective
 
@@ -36,7 +36,7 @@ class E2EBP(Method):
         optimizer: MakeOptimizer | Sequence[MakeOptimizer] | None = None,
     ) -> None:
         super().__init__(optimizer)
-        self.objective = CrossEntropy() if objective is None else objective
+        self.objective = checked("objective", objective or CrossEntropy())
 
     def stages(self, net: ModularNetwork, x: Tensor) -> list[Stage]:
         (classes,) = net.shapes(x)[-1]

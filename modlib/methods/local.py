@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from modlib.methods.cache import CachingStage
-from modlib.methods.method import MakeOptimizer, Method, Stage
+from modlib.methods.method import MakeOptimizer, Method, Stage, checked
 from modlib.network import ModularNetwork
 from modlib.objectives import AuxiliaryClassifier, CrossEntropy, Objective
 
@@ -65,8 +65,8 @@ class LocalLearning(Method):
             raise ValueError(
                 f"views={views}: give at least 1, and only together with cache_features=True."
             )
-        self.objective = AuxiliaryClassifier() if objective is None else objective
-        self.output = CrossEntropy() if output is None else output
+        self.objective = checked("objective", objective or AuxiliaryClassifier())
+        self.output = checked("output", output or CrossEntropy())
         self.in_turn, self.cache_features, self.views = in_turn, cache_features, views
 
     def stages(self, net: ModularNetwork, x: Tensor) -> list[Stage]:

@@ -149,6 +149,19 @@ def update(loss: Tensor, optimizer: Optimizer, scaler: torch.amp.GradScaler) -> 
     scaler.update()
 
 
+def checked(name: str, objective: Objective) -> Objective:
+    """The objective that was given as an argument of this name.
+
+    Raises:
+        TypeError: it is none (a class in place of its instance, say).
+    """
+    if not isinstance(objective, Objective):
+        raise TypeError(
+            f"{name}={objective!r} is no Objective; give one, such as modlib.objectives.CrossEntropy()."
+        )
+    return objective
+
+
 class Method:
     """How a network is trained: turns it into stages that ``modlib.fit`` runs one after another.
 

@@ -57,7 +57,7 @@ class ProxyObjective(LocalLearning):
         views: int | None = None,
     ) -> None:
         super().__init__(
-            LogContrastive("relu-pool") if objective is None else objective,
+            objective or LogContrastive("relu-pool"),
             in_turn=True,
             optimizer=optimizer,
             output=output,
