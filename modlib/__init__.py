@@ -12,7 +12,7 @@ Principe, "Training Deep Architectures Without End-to-End Backpropagation" (arXi
 True
 """
 
-from modlib import data, kernels, methods, networks, objectives
+from modlib import certificates, data, kernels, methods, networks, objectives
 from modlib.audit import Audit, audit
 from modlib.network import ModularNetwork, partition
 from modlib.training import Evaluation, History, evaluate, fit
@@ -25,6 +25,7 @@ __all__ = [
     "History",
     "ModularNetwork",
     "audit",
+    "certificates",
     "data",
     "evaluate",
     "fit",
