@@ -6,6 +6,9 @@ from docutils import nodes
 from sphinx.application import Sphinx
 
 
+_REPEATED = ("proof", "proof-content", "exercise-content", "solution-content")
+
+
 def connect(app: Sphinx) -> None:
     """Mend trees before pages are written from them, and pages before they are saved."""
     app.connect("doctree-resolved", _drop_repeated_ids)
@@ -13,9 +16,9 @@ def connect(app: Sphinx) -> None:
 
 
 def _drop_repeated_ids(app: Sphinx, tree: nodes.document, name: str) -> None:
-    """sphinx-proof gives every proof, and every theorem's body, one and the same id."""
+    """sphinx-proof and sphinx-exercise give the bodies of all their blocks one and the same id."""
     for node in tree.findall(nodes.Element):
-        node["ids"] = [id for id in node["ids"] if id not in ("proof", "proof-content")]
+        node["ids"] = [id for id in node["ids"] if id not in _REPEATED]
 
 
 def _mend_roles(
