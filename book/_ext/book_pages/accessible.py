@@ -5,7 +5,6 @@ from typing import Any
 from docutils import nodes
 from sphinx.application import Sphinx
 
-
 _REPEATED = ("proof", "proof-content", "exercise-content", "solution-content")
 
 
