@@ -40,7 +40,8 @@ class ProxyLoss(Objective):
     Args:
         kernel: "relu", "tanh", "sigmoid", "relu-pool", "cosine", or a ``kernels.Gaussian``.
         negatives_only: use pairs of different classes alone.
-        balanced: weigh same-class and different-class pairs equally.
+        balanced: weigh same-class and different-class pairs equally; the diagonal is then left out, so
+            balanced alignment fixes no scale.
     """
 
     diagonal = False  # does the paper's formula count the pairs i = j?
