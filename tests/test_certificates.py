@@ -233,7 +233,7 @@ def test_program_is_solved_and_its_points_are_admissible(
         ("penalty", 10 ** (-3 * size)) if penalised else ("head_norm", 10 ** (2 * size - 1))
     )
     found = unbalanced_bound(shares.tolist(), floor, **{key: value})
-    assert -1e-11 <= found.reached - found.value < 2e-6
+    assert -1e-11 <= found.reached - found.value < 1e-7
     assert np.linalg.eigvalsh(found.gram).min() > -1e-9
     assert np.abs(found.gram.diagonal() - 1).max() < 1e-9
     assert found.gram.min() > floor - 1e-9
@@ -257,23 +257,21 @@ def test_any_dual_point_is_below_any_network(seed: int, classes: int, floor: flo
     shares = g.dirichlet(np.ones(classes))
     program = unbalanced.Program(shares, floor, 10 ** g.uniform(-1, 1), None)
     guess, v, u = g.normal(size=(3, classes, classes))
+    flows = unbalanced.softmax_flows(3 * guess, shares)
     values = [
-        unbalanced.certify(program, 3 * guess),
-        unbalanced.certify(program, 3 * guess, v),
-        unbalanced.certify(program, 3 * guess, 0.1 * np.abs(v), np.abs(u[0])),
+        unbalanced.certify(program, flows),
+        unbalanced.certify(program, flows, v),
+        unbalanced.certify(program, flows, 0.1 * np.abs(v), np.abs(u[0])),
     ]
     points = unbalanced._points(guess @ guess.T, floor)
     assert max(values) <= program.head(points).risk + 1e-9
 
 
-@pytest.mark.xfail(
-    reason="known defect, open: see the next change of modlib.certificates", strict=False
-)
 def test_many_different_shares_are_grouped_and_still_bounded() -> None:
     shares = 0.9 ** np.arange(30)
     shares /= shares.sum()
     found = unbalanced_bound(shares.tolist(), 0.0, head_norm=5.0)
-    assert 0 <= found.reached - found.value < 5e-3
+    assert 0 <= found.reached - found.value < 0.01 * found.value
 
 
 # Attacks ---------------------------------------------------------------------------------------
@@ -351,9 +349,6 @@ def test_hinge_head_agrees_with_a_support_vector_machine(
     assert abs(mine.risk - theirs) < 2e-6
 
 
-@pytest.mark.xfail(
-    reason="known defect, open: see the next change of modlib.certificates", strict=False
-)
 @given(
     seeds,
     st.sampled_from(["cross_entropy", "logistic", "hinge", "squared_hinge"]),

@@ -77,7 +77,9 @@ class Rows:
         self.n, self.d = len(features), int(features.shape[1])
         self.labels, self.weights = labels, weights
         self.features = features
-        self.original = torch.as_tensor(features[:1]).dtype  # before any conversion
+        self.original = torch.as_tensor(
+            np.array(features[:1]) if isinstance(features, np.ndarray) else features[:1]
+        ).dtype
         if 8 * self.n * self.d <= _IN_MEMORY:
             self.features = _double(features)
 
@@ -121,7 +123,9 @@ class Rows:
 
 
 def _double(features: Tensor | np.ndarray[Any, Any]) -> Tensor:
-    return torch.as_tensor(features).to("cpu", torch.float64)
+    if isinstance(features, np.ndarray):  # a copy: the array may be a read-only map of a file
+        features = torch.from_numpy(np.array(features, dtype=np.float64))
+    return features.to("cpu", torch.float64)
 
 
 class Problem:
