@@ -298,19 +298,30 @@ def _solve_norm(problem: Problem, theta: Tensor, norm: float, tolerance: float) 
         error = 0.1 if not seen else min(0.1, 0.2 * abs(seen[-1][1]))
         enough = max(tolerance / 4, lam * norm**2 * error**2)
         theta = _newton(problem, theta, lam, enough, norm)
-        candidate = _on_sphere(problem, theta, norm, lam, lam <= least)
-        if best is None or candidate.duality_gap < best.duality_gap:
-            best = candidate
+        for candidate in _candidates(problem, theta, norm, lam):
+            if best is None or candidate.duality_gap < best.duality_gap:
+                best = candidate
+        assert best is not None
         if best.duality_gap <= tolerance:
             break
         seen.append((math.log(lam), math.log(max(float(theta[:, :-1].norm()), 1e-300) / norm)))
         last, lam = lam, max(_secant(seen), least)
-        if (
-            abs(lam - last) <= 1e-12 * last
-        ):  # also: the budget is not used up at the least multiplier
+        # Nothing more to gain; also where the least multiplier leaves a part of the budget unused.
+        if abs(lam - last) <= 1e-12 * last and enough <= tolerance / 4:
             break
     assert best is not None
     return best
+
+
+def _candidates(problem: Problem, theta: Tensor, norm: float, lam: float) -> Iterator[BestHead]:
+    """The head on the sphere of the budget, and as it is where it is inside."""
+    size = float(theta[:, :-1].norm())
+    if size <= norm:
+        yield _certified(problem, theta, norm, lam)
+    if size > 0:
+        scaled = theta.clone()
+        scaled[:, :-1] *= norm / size
+        yield _certified(problem, scaled, norm, lam)
 
 
 def _secant(seen: list[tuple[float, float]]) -> float:
@@ -328,14 +339,8 @@ def _secant(seen: list[tuple[float, float]]) -> float:
     return math.exp(target)
 
 
-def _on_sphere(
-    problem: Problem, theta: Tensor, norm: float, lam: float, interior: bool
-) -> BestHead:
-    """Scale the weights into the budget, make the bias optimal again, and certify."""
-    theta = theta.clone()
-    size = float(theta[:, :-1].norm())
-    if size > norm or (size > 0 and not interior):
-        theta[:, :-1] *= norm / size
+def _certified(problem: Problem, theta: Tensor, norm: float, lam: float) -> BestHead:
+    """Make the bias optimal again, and certify."""
     theta = _best_bias(problem, theta)
     mean, local = problem.at(theta)
     slope = problem.rows.pull(local.slopes)
@@ -357,24 +362,57 @@ def _solve_hinge(
 ) -> BestHead:
     """Smooth the corner of the hinge, and sharpen it from solution to solution.
 
-    The smoothed loss is nowhere above the hinge, so its certified lower bound is one for the hinge too.
+    The solutions move on a smooth path, from a width to a quarter of it; its end, at width zero, is
+    guessed from the last two. The smoothed slopes are feasible for the dual of the hinge itself.
     """
-    width = 0.5
+    problem, penalty = Problem(rows, losses.hinge, 1), None if solve is _solve_norm else limit
+    width, multiplier, lower = 0.5, 0.0, -math.inf
+    best, least = theta, math.inf
     while True:
-        smooth = _sharpened(width)
-        head = solve(Problem(rows, smooth, 1), theta, limit, tolerance / 4)
-        theta = torch.cat([head.weight, head.bias[:, None]], dim=1)
-        mean, _ = Problem(rows, losses.hinge, 1).at(theta)
-        fine = 0.0 if solve is _solve_norm else limit * float(head.weight.square().sum())
-        risk = mean + fine
-        gap = risk - head.lower_bound
-        if gap <= tolerance or width <= tolerance / 2:
-            return BestHead(risk, head.weight, head.bias, gap, head.penalty)
+        smooth = Problem(rows, _sharpened(width), 1)
+        head = solve(smooth, theta, limit, tolerance / 4)
+        last, theta = theta, torch.cat([head.weight, head.bias[:, None]], dim=1)
+        for trial in (theta, theta + (theta - last) / 3):
+            risk, trial = _hinge_risk(problem, trial, limit, penalty)
+            if risk < least:
+                best, least, multiplier = trial, risk, head.penalty
+        lower = max(lower, _hinge_dual(smooth, theta, least, limit, penalty))
+        if least - lower <= tolerance or width <= tolerance / 2:
+            return _result(best, least, least - lower, multiplier)
         width /= 4
 
 
 def _sharpened(width: float) -> Callable[[Tensor, Tensor], Local]:
     return lambda scores, labels: losses.hinge(scores, labels, width)
+
+
+def _hinge_risk(
+    problem: Problem, theta: Tensor, limit: float, penalty: float | None
+) -> tuple[float, Tensor]:
+    """The risk of the head, scaled into the budget if there is one."""
+    size = float(theta[:, :-1].norm())
+    if penalty is None and size > limit:
+        theta = theta.clone()
+        theta[:, :-1] *= limit / size
+    fine = 0.0 if penalty is None else penalty * size**2
+    return problem.at(theta)[0] + fine, theta
+
+
+def _hinge_dual(
+    smooth: Problem, theta: Tensor, risk: float, limit: float, penalty: float | None
+) -> float:
+    """The hinge is at least ``a (1 - m)`` for every a in [0, 1]: the bound by the smoothed slopes -a."""
+    local = smooth.at(theta)[1]
+    signs = 2.0 * smooth.rows.labels.double() - 1.0
+    slope = smooth.rows.pull(local.slopes)
+    active = -signs * local.slopes[:, 0]
+    gamma, constant = slope[:, :-1], float(active @ smooth.rows.weights)
+    if penalty is None:
+        cost, norm = limit * float(gamma.norm()), limit
+    else:
+        cost, norm = float(gamma.square().sum()) / (4 * penalty), math.sqrt(risk / penalty)
+    at_bias = float((slope[:, -1] * theta[:, -1]).sum())
+    return constant + at_bias - cost - smooth.bias_slack(risk, theta, slope, norm)
 
 
 def _newton(
