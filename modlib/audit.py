@@ -2,8 +2,9 @@
 
 The audit copies the network and the method's stages, runs real steps on a batch, and watches: which
 module runs when, which parameters a backward pass reaches, when parameters change, what autograd
-holds, what crosses a boundary, and whether an update still comes out the same when class names are
-exchanged. The category follows from what was seen.
+holds and what crosses a boundary. It takes the same step again with class names exchanged, and with
+other weights in the later modules: what comes out the same does not depend on them. The category follows
+from what was seen.
 """
 
 from __future__ import annotations
@@ -39,7 +40,10 @@ class StageAudit:
         updated: modules whose parameters changed.
         saved_bytes: the peak of what autograd held, parameters excluded.
         forward_bytes: for each boundary k, bytes of module k's output that module k + 1 took in.
-        backward_bytes: for each boundary, bytes of gradient that came back through it.
+        backward_bytes: for each boundary, bytes of gradient that came back through it. Targets that
+            a method sends down by other means are not counted: ``told`` shows them.
+        crossed: boundaries k through which a gradient went from module k + 1 into module k.
+        told: updated modules whose update depends on the weights of a later module.
         labels: for each module, what its update depends on: "classes", "pairs" (same or different),
             "none", or "-" when it is not updated.
     """
@@ -49,6 +53,8 @@ class StageAudit:
     saved_bytes: int
     forward_bytes: tuple[int, ...]
     backward_bytes: tuple[int, ...]
+    crossed: tuple[int, ...]
+    told: tuple[int, ...]
     labels: tuple[str, ...]
 
     def reached(self) -> list[set[int]]:
@@ -62,16 +68,6 @@ class StageAudit:
     def ran(self) -> set[int]:
         """The modules that ran."""
         return {event.module for event in self.events if event.what == "forward"}
-
-    def waits(self, module: int) -> set[int]:
-        """The modules after this one that ran, or got gradients, before it was updated."""
-        seen: set[int] = set()
-        for event in self.events:
-            if event.what == "update" and event.module == module:
-                return seen
-            if event.module > module:
-                seen.add(event.module)
-        return set()
 
 
 @dataclass(frozen=True)
@@ -100,13 +96,13 @@ class Audit:
 
     @property
     def end_to_end_backward(self) -> bool:
-        """Does one backward pass reach the parameters of every module?"""
-        return any(len(reached) == self.modules for s in self.stages for reached in s.reached())
+        """Does a gradient cross every boundary in the same step?"""
+        return any(len(s.crossed) == self.modules - 1 and s.updated for s in self.stages)
 
     @property
     def isolated(self) -> bool:
-        """Does no backward pass reach the parameters of two modules?"""
-        return all(len(reached) <= 1 for s in self.stages for reached in s.reached())
+        """Does no gradient cross a boundary?"""
+        return not any(stage.crossed for stage in self.stages)
 
     @property
     def category(self) -> str:
@@ -119,14 +115,14 @@ class Audit:
     def locks(self) -> dict[str, bool]:
         """The locks of Jaderberg et al. 2017 that were seen.
 
-        forward: a module's step needs the output of an earlier module in the same step. update: a
-        module is updated only after a later one has run. backward: a module's gradient comes only
-        after a later module's, from the same backward pass.
+        forward: a module's step needs the output of an earlier module in the same step. update: it
+        depends on a later module's weights, so it has to wait until that one has run. backward: it
+        needs the gradient that a later module sends back.
         """
         return {
             "forward": any(_runs_after_earlier(s) for s in self.stages),
-            "update": any(s.waits(k) for s in self.stages for k in s.updated),
-            "backward": any(len(reached) > 1 for s in self.stages for reached in s.reached()),
+            "update": any(stage.told for stage in self.stages),
+            "backward": any(stage.crossed for stage in self.stages),
         }
 
     @property
@@ -145,7 +141,7 @@ class Audit:
 
     @property
     def boundary_bytes(self) -> int:
-        """Bytes that cross boundaries, both ways, in the stage where they are most."""
+        """Bytes of outputs and gradients over all boundaries, in the stage where they are most."""
         return max(sum(s.forward_bytes) + sum(s.backward_bytes) for s in self.stages)
 
     def summary(self) -> dict[str, Any]:
@@ -214,17 +210,35 @@ def _audit_stage(
 ) -> StageAudit:
     watched, stages = _prepare(method, net, batch, seed)
     before = _parameters(watched)
+    inputs = _input(stages[number], batch, seed)
     with _Watch(watched, stages[number]) as watch:
-        _step(stages[number], batch, seed)
+        _step(stages[number], inputs, seed)
     after = _parameters(watched)
     updated = tuple(k for k in range(len(net)) if not _equal(before[k], after[k]))
+
+    def again(labels: Tensor, changed: int | None = None) -> list[list[Tensor]]:
+        """The parameters after the same step with other labels, or other weights from a module on."""
+        other, stages = _prepare(method, net, batch, seed)
+        x, _ = _input(stages[number], batch, seed)
+        if changed is not None:
+            _change(other, changed)
+        _step(stages[number], (x, labels), seed)
+        return _parameters(other)
+
+    told = tuple(
+        k
+        for k in updated
+        if k < max(watch.ran()) and not _close(before[k], after[k], again(inputs[1], k + 1)[k])
+    )
     return StageAudit(
         tuple(watch.events),
         updated,
         watch.memory.peak,
         tuple(watch.forward_bytes[k] for k in range(len(net) - 1)),
         tuple(watch.backward_bytes[k] for k in range(len(net) - 1)),
-        _labels(method, net, batch, seed, number, before, after),
+        tuple(sorted(watch.crossed)),
+        told,
+        _labels(again, inputs[1], before, after),
     )
 
 
@@ -235,6 +249,35 @@ def _prepare(
     net, method = copy.deepcopy(net), copy.deepcopy(method)
     with _seeded(seed, batch[0].device):
         return net, method.stages(net, batch[0])
+
+
+def _input(stage: Stage, batch: tuple[Tensor, Tensor], seed: int) -> tuple[Tensor, Tensor]:
+    """What the stage trains on, given a batch of the network's input: stored features, perhaps."""
+    return next(iter(stage.batches(_One(batch), seed).epoch(seed, 0)))
+
+
+@dataclass(frozen=True)
+class _One:
+    """One batch, as all there is to train on."""
+
+    batch: tuple[Tensor, Tensor]
+    random: bool = False
+
+    def __len__(self) -> int:
+        return 1
+
+    def epoch(self, seed: int, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+        yield self.batch
+
+
+def _change(net: ModularNetwork, start: int) -> None:
+    """Other weights, as large as before, in the modules from ``start`` on."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for module in net[start:]:
+            for p in module.parameters():
+                noise = torch.randn(p.shape, generator=generator).to(p)
+                p.copy_(noise * (p.norm() + 1e-3) / noise.norm())
 
 
 def _step(stage: Stage, batch: tuple[Tensor, Tensor], seed: int) -> None:
@@ -254,23 +297,15 @@ def _seeded(seed: int, device: torch.device) -> Iterator[None]:
 
 
 def _labels(
-    method: Method,
-    net: ModularNetwork,
-    batch: tuple[Tensor, Tensor],
-    seed: int,
-    number: int,
+    again: Callable[[Tensor], list[list[Tensor]]],
+    y: Tensor,
     before: list[list[Tensor]],
     after: list[list[Tensor]],
 ) -> tuple[str, ...]:
     """Take the same step with other labels: what stays the same does not depend on them."""
-    x, y = batch
     renamed = int(y.max()) - y  # exchanges class names, keeps which labels are equal
     shuffled = y.roll(1)
-    outcomes = []
-    for labels in (renamed, shuffled):
-        other, stages = _prepare(method, net, batch, seed)
-        _step(stages[number], (x, labels), seed)
-        outcomes.append(_parameters(other))
+    outcomes = [again(labels) for labels in (renamed, shuffled)]
     return tuple(
         _dependence(old, new, *(outcome[k] for outcome in outcomes))
         for k, (old, new) in enumerate(zip(before, after, strict=True))
@@ -318,6 +353,7 @@ class _Watch:
         self.events: list[Event] = []
         self.forward_bytes = [0] * len(net)
         self.backward_bytes = [0] * len(net)
+        self.crossed: set[int] = set()
         owners = [net, *stage.objectives]
         self.memory = SavedBytes(t for m in owners for t in (*m.parameters(), *m.buffers()))
         self._pass = -1
@@ -325,6 +361,7 @@ class _Watch:
 
     def __enter__(self) -> _Watch:
         for k, module in enumerate(self.net):
+            self._hook(module.register_forward_pre_hook(self._enter(k)))
             self._hook(module.register_forward_hook(self._forward(k)))
             for parameter in module.parameters():
                 self._hook(_after_grad(parameter, self._backward(k)))
@@ -348,25 +385,37 @@ class _Watch:
         if not self.events or self.events[-1] != event:  # one event, however many parameters
             self.events.append(event)
 
+    def ran(self) -> set[int]:
+        return {event.module for event in self.events if event.what == "forward"}
+
+    def _enter(self, k: int) -> Callable[[nn.Module, Any], Any]:
+        """Give module k a view of its input: gradient that reaches the view comes out of module k."""
+
+        def hook(module: nn.Module, args: Any) -> Any:
+            x, *rest = args
+            if k == 0 or not x.requires_grad:
+                return None
+            entered = x.view_as(x)
+            entered.register_hook(self._crossing(k - 1, connected=not x.is_leaf))
+            return (entered, *rest)
+
+        return hook
+
+    def _crossing(self, k: int, connected: bool) -> Callable[[Tensor], None]:
+        def hook(gradient: Tensor) -> None:
+            self.backward_bytes[k] += gradient.nbytes
+            if connected:  # else it ends at the boundary, to be used otherwise
+                self.crossed.add(k)
+
+        return hook
+
     def _forward(self, k: int) -> Callable[[nn.Module, Any, Tensor], None]:
         def hook(module: nn.Module, args: Any, out: Tensor) -> None:
             self._note("forward", k)
             if k > 0:
                 self.forward_bytes[k - 1] += args[0].nbytes
-            if out.requires_grad and k < len(self.net) - 1:
-                self._watch_gradient(k, out)
 
         return hook
-
-    def _watch_gradient(self, k: int, out: Tensor) -> None:
-        """Count gradient that comes back to module k's output from the modules after it."""
-
-        def hook(gradient: Tensor) -> None:
-            if any(event.what == "backward" and event.backward == self._pass and event.module > k
-                   for event in self.events):  # fmt: skip
-                self.backward_bytes[k] += gradient.nbytes
-
-        out.register_hook(hook)  # type: ignore[no-untyped-call]
 
     def _backward(self, k: int) -> Callable[[Tensor], None]:
         return lambda parameter: self._note("backward", k)

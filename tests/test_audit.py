@@ -216,6 +216,54 @@ def test_gradients_through_an_objective_are_noticed(batch: tuple[Tensor, Tensor]
     assert not audit(Cheat(), relu_net(3), batch).isolated
 
 
+class Together(Stage):
+    """Proper boundaries, but one backward pass for the sum of all losses, and updates at the end."""
+
+    def step(self, x: Tensor, y: Tensor) -> Tensor:
+        losses = []
+        for module, objective in zip(self.modules, self.objectives, strict=True):
+            x = module(x.detach())
+            losses.append(objective(x, y))
+        for optimizer in self.optimizers:
+            optimizer.zero_grad()
+        torch.stack(losses).sum().backward()
+        for optimizer in self.optimizers:
+            optimizer.step()
+        return torch.stack(losses).detach()
+
+
+class Summed(LocalLearning):
+    def stages(self, net: ModularNetwork, x: Tensor) -> list[Stage]:
+        (stage,) = super().stages(net, x)
+        return [Together(stage.modules, stage.objectives, stage.optimizers)]
+
+
+def test_one_backward_pass_over_all_modules_is_not_end_to_end(
+    batch: tuple[Tensor, Tensor],
+) -> None:
+    apart, summed = (audit(method, relu_net(3), batch) for method in (LocalLearning(), Summed()))
+    assert summed.isolated and summed.category == "weakly modular"
+    assert summed.stages[0].backward_bytes == (0, 0)
+    assert summed.locks == apart.locks == {"forward": True, "update": False, "backward": False}
+    assert summed.peak_saved_bytes > apart.peak_saved_bytes  # what the sum does cost
+
+
+def test_targets_are_news_from_above(batch: tuple[Tensor, Tensor]) -> None:
+    (targets,) = audit(DifferenceTargetPropagation(), tanh_net(4), batch).stages
+    assert targets.told == (0, 1, 2) and targets.crossed == ()
+    assert targets.backward_bytes == (0, 0, ONE)  # the loss's gradient, where targets begin
+    (local,) = audit(LocalLearning(), relu_net(4), batch).stages
+    assert local.told == ()
+
+
+def test_stored_features_open_the_forward_lock(batch: tuple[Tensor, Tensor]) -> None:
+    stored = audit(PROXY(cache_features=True), relu_net(3), batch)
+    assert stored.category == "modular"
+    assert not any(stored.locks.values())
+    assert [stage.forward_bytes for stage in stored.stages] == [(0, 0), (ONE, 0), (0, ONE)]
+    assert audit(PROXY(), relu_net(3), batch).labels == stored.labels
+
+
 def test_two_modules_in_one_are_noticed(batch: tuple[Tensor, Tensor]) -> None:
     measured = audit(Pairwise(), relu_net(3), batch)
     assert not measured.isolated
