@@ -1,7 +1,8 @@
 """Read the records of runs: the only source of numbers in the book."""
 
-import importlib.metadata
 import json
+import site
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from statistics import fmean, stdev
@@ -12,12 +13,10 @@ Record = dict[str, Any]
 
 def records_folder() -> Path:
     """The records of the checkout this package lies in, else those installed with the package."""
-    checkout = Path(__file__).parents[2] / "book/results"
-    if checkout.is_dir():
-        return checkout
-    installed = importlib.metadata.files("modlib-book") or []
-    found = [Path(str(file.locate())) for file in installed if file.parent.match("modlib/results")]
-    return found[0].parent if found else checkout
+    root = Path(__file__).parents[2]
+    shares = [root, Path(sys.prefix), Path(site.getuserbase())]
+    places = [root / "book/results", *(share / "share/modlib/results" for share in shares)]
+    return next((place for place in places if place.is_dir()), places[0])
 
 
 def records(*, folder: Path | str | None = None, **wanted: Any) -> list[Record]:
