@@ -293,7 +293,7 @@ def _antipodal(g: torch.Generator, size: int, steps: int) -> Tensor:
 
 
 def _stability(g: torch.Generator, size: int, steps: int) -> Tensor:
-    """Upper bound: the nearest-mean head reaches it. Lower bound: no descended head gets below it."""
+    """Upper bounds: the head of class means, or guessing, meets them. Lower: no descended head beats it."""
     from modlib.certificates.stability import Deviations, stability_bound
 
     classes, each = _integer(g, 2, 6), _integer(g, 2, 6)
@@ -329,5 +329,6 @@ def _stability(g: torch.Generator, size: int, steps: int) -> Tensor:
     linear = torch.tensor([s.linear for s in limits], dtype=torch.float64)
     below = _descend([weight, bias], lambda: risk(weight, bias), bound + lower, steps)
     least = torch.minimum(reached, below.amin(1) * (1 + bound + lower) + bound + lower)
+    least = least.clamp_max(math.log(classes))  # a head without weights guesses
     above = [upper - (least - bound), linear - (least - bound)]
     return torch.cat([below, torch.stack(above, dim=1)], dim=1)
