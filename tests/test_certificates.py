@@ -40,7 +40,7 @@ from modlib.certificates.search import THEOREMS, search_violations
 from modlib.data import Dataset
 from modlib.kernels import FeatureMap
 
-SEARCH = int(os.environ.get("MODLIB_SEARCH", "200"))
+SEARCH = int(os.environ.get("MODLIB_SEARCH", "20000"))
 quick = settings(max_examples=15, deadline=None, derandomize=True)
 seeds = st.integers(0, 10**6)
 

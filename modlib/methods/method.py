@@ -101,14 +101,14 @@ class Stage:
             The objectives' values before the update, one for each module.
         """
         with self.autocast():
-            x = self.features(x)
+            h = self.features(x)
         losses = []
         for module, objective, optimizer, scaler in zip(
             self.modules, self.objectives, self.optimizers, self.scalers, strict=True
         ):
             with self.autocast():
-                x = module(x.detach())  # the boundary: no gradient passes it
-                loss = objective(x, y)
+                h = module(h.detach())  # the boundary: no gradient passes it
+                loss = objective.local(h, y, x)
             update(loss, optimizer, scaler)
             losses.append(loss.detach())
         return torch.stack(losses)

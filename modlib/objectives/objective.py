@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from typing import Self
+from typing import Self, cast
 
 from torch import Tensor, nn
 
@@ -25,6 +25,14 @@ class Objective(nn.Module):
             classes: number of classes of the task.
         """
         return copy.deepcopy(self)
+
+    def local(self, h: Tensor, y: Tensor, x: Tensor) -> Tensor:
+        """The objective while a network trains, where its input x (N, ...) is at hand.
+
+        An objective that compares h with the network's input defines this; for all others the input
+        makes no difference. On stored features of frozen modules x is those features.
+        """
+        return cast(Tensor, self(h, y))
 
     def forward(self, h: Tensor, y: Tensor) -> Tensor:
         raise NotImplementedError(f"{type(self).__name__} must define forward(h, y) -> scalar.")
