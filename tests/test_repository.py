@@ -247,7 +247,7 @@ def test_every_picture_in_a_notebook_is_described(notebook: Path) -> None:
 
 
 def test_tidy_makes_two_runs_equal() -> None:
-    def run(first: str, second: str, stamp: str) -> str:
+    def run(first: str, second: str, stamp: str, *printed: str) -> str:
         state = {
             f"{second}": {"model_name": "Slider"},
             f"{first}": {"children": [f"IPY_MODEL_{second}"]},
@@ -255,7 +255,10 @@ def test_tidy_makes_two_runs_equal() -> None:
         cell = {
             "cell_type": "code",
             "metadata": {"execution": {"iopub.execute_input": stamp}},
-            "outputs": [{"data": {"view": {"model_id": first}}}],
+            "outputs": [
+                {"data": {"view": {"model_id": first}}},
+                *({"output_type": "stream", "name": "stdout", "text": text} for text in printed),
+            ],
         }
         widgets = {
             "application/vnd.jupyter.widget-state+json": {"state": state, "version_major": 2}
@@ -265,7 +268,8 @@ def test_tidy_makes_two_runs_equal() -> None:
             {"cells": [cell], "metadata": {"language_info": info, "widgets": widgets}}
         )
 
-    one, two = run("a" * 32, "b" * 32, "3.11"), run("f" * 32, "0" * 31 + "c", "3.12")
+    one = run("a" * 32, "b" * 32, "3.11", "a\nb\n")
+    two = run("f" * 32, "0" * 31 + "c", "3.12", "a\n", "b\n")
     assert tidy(one) == tidy(two) == tidy(tidy(one))
     assert "3.11" not in tidy(one) and "Slider" in tidy(one)
 

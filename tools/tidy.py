@@ -2,7 +2,8 @@
 
     python tools/tidy.py book/*.ipynb
 
-Timing, the Python version and random widget numbers go; text, code, outputs and pictures stay.
+Timing, the Python version, random widget numbers and the way in which printed text was cut into pieces go;
+text, code, outputs and pictures stay.
 """
 
 import json
@@ -22,8 +23,24 @@ def tidy(text: str) -> str:
     notebook["metadata"].get("language_info", {}).pop("version", None)
     for cell in notebook["cells"]:
         cell["metadata"].pop("execution", None)
+        if "outputs" in cell:
+            cell["outputs"] = _joined(cell["outputs"])
     text = _number_widgets(_written(notebook), notebook["metadata"])
     return _written(json.loads(text, object_hook=_sort_state))
+
+
+def _joined(outputs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Printed text in one piece: where the kernel flushed it is chance."""
+    joined: list[dict[str, Any]] = []
+    for output in outputs:
+        if output.get("output_type") != "stream":
+            joined.append(output)
+            continue
+        text = "".join(output["text"])
+        if joined and joined[-1].get("name") == output["name"]:
+            text = "".join(joined.pop()["text"]) + text
+        joined.append({**output, "text": text.splitlines(keepends=True)})
+    return joined
 
 
 def _number_widgets(text: str, metadata: dict[str, Any]) -> str:
