@@ -352,6 +352,7 @@ def test_default_augment() -> None:
     assert default_augment(load("digits", size=32)) == Augment(pad=4, flip=False)
     assert default_augment(made(side=32)) == Augment(pad=4, flip=True)
     assert default_augment(load("moons")) is False
+    assert default_augment(load("digits")) is False  # 8 x 8: too small to shift
     renamed = Dataset("mnist", *(getattr(made(side=28), part) for part in PARTS))
     assert default_augment(renamed) == Augment(pad=3, flip=False)
 

@@ -223,6 +223,8 @@ def test_notebook_is_tidy_and_complete(notebook: Path) -> None:
     for cell in cells(notebook):
         failed = any(output["output_type"] == "error" for output in cell["outputs"])
         assert not failed or "raises-exception" in cell["metadata"].get("tags", [])
+        printed = {output.get("name") for output in cell["outputs"]}
+        assert "stderr" not in printed, "a warning, or a path of the machine that ran it"
     widgets = json.loads(text)["metadata"].get("widgets", {})
     assert all("state" in value for value in widgets.values()), "GitHub cannot show this notebook"
 

@@ -57,16 +57,17 @@ PLAIN = Augment(pad=0, flip=False)
 def default_augment(dataset: Dataset) -> Augment | Literal[False]:
     """The customary augmentation of a data set: a crop by an eighth of the side, and a flip.
 
-    Digits are not mirrored; vectors are left alone.
+    Digits are not mirrored; vectors are left alone, and so are images of less than 16 pixels a side, where
+    one pixel is a long way.
 
     Returns:
-        An ``Augment``, or False for vectors: what ``Loader(augment=...)`` takes.
+        An ``Augment``, or False: what ``Loader(augment=...)`` takes.
 
     >>> from modlib.data import load
-    >>> default_augment(load("digits")), default_augment(load("spirals"))
-    (Augment(pad=1, flip=False, cutout=0, mode='reflect'), False)
+    >>> default_augment(load("digits", size=16)), default_augment(load("digits"))
+    (Augment(pad=2, flip=False, cutout=0, mode='reflect'), False)
     """
-    if dataset.is_vector:
+    if dataset.is_vector or min(dataset.shape[1:]) < 16:
         return False
     return Augment(pad=min(dataset.shape[1:]) // 8, flip=not dataset.name.startswith(_HANDED))
 
