@@ -15,7 +15,8 @@ from modlib.objectives.proxy import (
     SupCon,
     UpperTriangleAlignment,
 )
-from modlib.objectives.supervised import AuxiliaryClassifier, CrossEntropy
+from modlib.objectives.similarity import PredSim, SimilarityMatching
+from modlib.objectives.supervised import AuxiliaryClassifier, CrossEntropy, MonoForward
 
 __all__ = [
     "NMSE",
@@ -25,9 +26,12 @@ __all__ = [
     "Contrastive",
     "CrossEntropy",
     "LogContrastive",
+    "MonoForward",
     "Objective",
+    "PredSim",
     "ProxyLoss",
     "Raw",
+    "SimilarityMatching",
     "SupCon",
     "UpperTriangleAlignment",
 ]
