@@ -2,5 +2,15 @@
 
 from modlib.networks.cnn import cnn
 from modlib.networks.mlp import mlp
+from modlib.networks.patches import JoinPatches, Patches, patch_cnn
+from modlib.networks.residual import ResidualUnit, resnet
 
-__all__ = ["cnn", "mlp"]
+__all__ = [
+    "JoinPatches",
+    "Patches",
+    "ResidualUnit",
+    "cnn",
+    "mlp",
+    "patch_cnn",
+    "resnet",
+]

@@ -3,6 +3,9 @@
 Any of them works alone, in a training loop of your own: ``objective(module(x), y).backward()``.
 """
 
+from modlib.objectives.hsic import HSIC
+from modlib.objectives.infonce import InfoNCE
+from modlib.objectives.infopro import InfoPro
 from modlib.objectives.objective import Objective
 from modlib.objectives.proxy import (
     NMSE,
@@ -19,12 +22,15 @@ from modlib.objectives.similarity import PredSim, SimilarityMatching
 from modlib.objectives.supervised import AuxiliaryClassifier, CrossEntropy, MonoForward
 
 __all__ = [
+    "HSIC",
     "NMSE",
     "Alignment",
     "AuxiliaryClassifier",
     "CentredAlignment",
     "Contrastive",
     "CrossEntropy",
+    "InfoNCE",
+    "InfoPro",
     "LogContrastive",
     "MonoForward",
     "Objective",

@@ -1,0 +1,94 @@
+"""A residual network, cut-able before every nonlinearity."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from modlib.kernels import FeatureMap
+from modlib.networks.cnn import ConvUnit
+from modlib.networks.seeding import seeded
+
+
+class ResidualUnit(nn.Module):
+    """u → s + branch(s), s = ReLU(u): the published block, begun and ended before its ReLU.
+
+    Maps (N, C, H, W) to (N, C', H/stride, W/stride). The shortcut has no parameters: it leaves out
+    rows and columns, and fills up with channels of zeros (option A of the paper).
+
+    Attributes:
+        branch: what is added to the shortcut.
+    """
+
+    def __init__(self, channels_in: int, channels: int, stride: int) -> None:
+        super().__init__()
+        self.stride, self.more = stride, channels - channels_in
+        if self.more < 0:
+            raise ValueError(f"channels={channels}: give at least the {channels_in} that come in.")
+        self.branch = nn.Sequential(
+            ConvUnit(channels_in, channels, stride, first=True),  # its ReLU is the shortcut's too
+            ConvUnit(channels, channels, 1, first=False),
+        )
+
+    def forward(self, u: Tensor) -> Tensor:
+        s = F.relu(u)
+        shortcut = F.pad(s[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, 0, self.more))
+        return cast(Tensor, shortcut + self.branch(s))
+
+
+def resnet(
+    widths: Sequence[int] = (16, 32, 64),
+    blocks: int = 3,
+    classes: int = 10,
+    *,
+    channels: int = 3,
+    size: int = 32,
+    kernel: str = "relu-pool",
+    seed: int | None = None,
+) -> nn.Sequential:
+    """The residual network of 6n + 2 layers for small images: blocks=18 makes ResNet-110.
+
+    Its layers are ``stem``, ``block1`` … ``block{L}``, ``features`` and ``head``. Blocks compute what
+    the published ones do, but each begins with the nonlinearity of the one before it. In front of the
+    linear layer stands a feature map of unit norm in place of global pooling.
+
+    Args:
+        widths: channels of each group of blocks, not falling; all groups but the first halve the side.
+        blocks: n, residual blocks in each group.
+        classes: number of outputs.
+        channels: of the image, 3 for colour.
+        size: side H = W of the images, in pixels.
+        kernel: of the feature map; "relu" where the last maps are smaller than 4×4.
+        seed: of the initial weights; None takes PyTorch's global state.
+
+    Returns:
+        A network from images (N, channels, H, W) to logits (N, classes).
+
+    Source: He, Zhang, Ren & Sun 2016 (arXiv 1512.03385), section 4.2.
+
+    >>> import torch
+    >>> resnet(blocks=1, seed=0)(torch.zeros(2, 3, 32, 32)).shape
+    torch.Size([2, 10])
+    """
+    if blocks < 1 or not widths:
+        raise ValueError(f"widths={list(widths)}, blocks={blocks}: give at least one of each.")
+    with seeded(seed):
+        layers: OrderedDict[str, nn.Module] = OrderedDict()
+        layers["stem"] = ConvUnit(channels, widths[0], 1, first=True)
+        before = widths[0]
+        for number in range(len(widths) * blocks):
+            group, position = divmod(number, blocks)
+            stride = 2 if group and not position else 1
+            layers[f"block{number + 1}"] = ResidualUnit(before, widths[group], stride)
+            before = widths[group]
+        layers["features"] = FeatureMap(kernel)
+        trunk = nn.Sequential(layers).eval()
+        with torch.no_grad():
+            features = trunk(torch.zeros(1, channels, size, size)).shape[1]
+        layers["head"] = nn.Linear(features, classes)
+        return nn.Sequential(layers).train()
