@@ -22,6 +22,7 @@ from modlib.methods import E2EBP, AugLocal, Ensemble, KeepHeads, LocalLearning, 
 from modlib.methods.auglocal import chosen_layers
 from modlib.network import ModularNetwork, partition
 from modlib.networks.cnn import ConvUnit
+from modlib.networks.residual import ResidualUnit
 from modlib.objectives import (
     AuxiliaryClassifier,
     CrossEntropy,
@@ -478,6 +479,15 @@ def test_residual_blocks_are_rebuilt_for_what_they_get(
     last = classifier(heads[2])[0]
     assert last.downsample is None  # what it gets has the shape of what it gives
     assert classifier(heads[0])[0].downsample is not None
+
+
+def test_the_books_residual_units_are_rebuilt_too() -> None:
+    net = networks.resnet((4, 6, 8), 1, channels=1, size=28)
+    head = AugLocal(depth=3).objectives(partition(net, ["block1"]), torch.zeros(1, 1, 28, 28))[0]
+    copies = classifier(head)[:3]
+    assert all(isinstance(copy, ResidualUnit) for copy in copies)
+    shapes = seen_shapes(copies, torch.randn(2, 4, 28, 28))
+    assert shapes == [(4, 28, 28), (6, 14, 14), (8, 7, 7)]
 
 
 def test_copies_are_fresh_and_belong_to_their_module() -> None:

@@ -30,6 +30,7 @@ from modlib.methods.local import LocalLearning
 from modlib.methods.method import MakeOptimizer
 from modlib.network import ModularNetwork, evaluating
 from modlib.networks.cnn import ConvUnit
+from modlib.networks.residual import ResidualUnit
 from modlib.objectives import AuxiliaryClassifier, Objective
 
 
@@ -39,8 +40,8 @@ class AugLocal(LocalLearning):
     A copy gives maps of the same shape as the layer it was made of: its first convolution, and a
     residual block's short cut, are made anew for the channels and the side of what it gets instead.
     ReLU, global average pooling and a linear layer follow the last copy. Layers of
-    ``modlib.networks.cnn`` and the blocks of torchvision's ResNets can be copied; what has no
-    convolution (a stem's batch norm, pooling, a classifier) is not counted as a layer.
+    ``modlib.networks.cnn`` and ``resnet`` and the blocks of torchvision's ResNets can be copied; what
+    has no convolution (a stem's batch norm, pooling, a classifier) is not counted as a layer.
 
     Published setting: every residual block, and the stem, a module; SGD with Nesterov momentum
     0.9, weight decay 1e-4, batches of 1024 at rate 0.8, cosine over 400 epochs.
@@ -152,16 +153,18 @@ def _fitted(unit: _Unit, before: tuple[int, ...]) -> nn.Module:
     from torchvision.models.resnet import BasicBlock, Bottleneck  # slow to import, seldom needed
 
     new = copy.deepcopy(unit.layer)
-    if not isinstance(new, ConvUnit | BasicBlock | Bottleneck):
+    if not isinstance(new, ConvUnit | ResidualUnit | BasicBlock | Bottleneck):
         raise ValueError(
             f"net: AugLocal cannot copy layer {unit.name!r}, a {type(unit.layer).__name__}; it can copy "
-            "the layers of modlib.networks.cnn and torchvision's BasicBlock and Bottleneck."
+            "the layers of modlib.networks.cnn and resnet, and torchvision's BasicBlock and Bottleneck."
         )
     channels, stride = before[0], _stride(unit, before)
     if isinstance(new, ConvUnit):
         for position, part in enumerate(new):
             if isinstance(part, nn.Conv2d):
                 new[position] = _convolution(part, channels, stride)
+    elif isinstance(new, ResidualUnit):
+        new = ResidualUnit(channels, unit.shape[0], stride[0])
     elif isinstance(new, BasicBlock):
         new.conv1 = _convolution(new.conv1, channels, stride)
         new.downsample = _short_cut(channels, unit.shape[0], stride, new.bn2)
