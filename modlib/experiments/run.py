@@ -15,7 +15,8 @@ from modlib import checkpoints
 from modlib.audit import audit
 from modlib.data import Loader
 from modlib.experiments import environment
-from modlib.experiments.recipes import RECIPES, Recipe
+from modlib.experiments.recipe import Recipe
+from modlib.experiments.recipes import RECIPES
 from modlib.network import ModularNetwork
 from modlib.training import History, evaluate, fit, pick_device
 

@@ -18,21 +18,16 @@ import torch
 
 from modlib import data as datasets
 from modlib.data import Dataset
-from modlib.experiments.recipes import CIFAR10, TUNED, Recipe
+from modlib.experiments.recipe import CIFAR10, Recipe
+from modlib.experiments.recipes import ADAM, TUNED
 from modlib.experiments.run import write
 from modlib.training import fit
 
-LADDER = (
-    0.01,
-    0.03,
-    0.1,
-    0.3,
-    1.0,
-    3.0,
-    10.0,
-    30.0,
-)  # learning rates; the search starts in the middle
+# Learning rates to try; the search starts with three of them.
+LADDER = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
 START = (0.1, 0.3, 1.0)
+ADAM_LADDER = (1e-4, 3e-4, 0.001, 0.003, 0.01, 0.03)
+ADAM_START = (3e-4, 0.001, 0.003)
 
 
 def held_out(data: Dataset, n_train: int, n_test: int) -> Dataset:
@@ -67,12 +62,13 @@ def tune(recipe: Recipe, data: Dataset, epochs: int) -> float:
     return float(history.final["test_accuracy"])
 
 
-def search(accuracy: Callable[[float], float]) -> dict[float, float]:
+def search(accuracy: Callable[[float], float], adam: bool = False) -> dict[float, float]:
     """Try learning rates until the best has a worse one on either side."""
-    tried = {lr: accuracy(lr) for lr in START}
+    ladder, start = (ADAM_LADDER, ADAM_START) if adam else (LADDER, START)
+    tried = {lr: accuracy(lr) for lr in start}
     while True:
-        place = LADDER.index(max(tried, key=lambda lr: tried[lr]))
-        beside = [LADDER[i] for i in (place - 1, place + 1) if 0 <= i < len(LADDER)]
+        place = ladder.index(max(tried, key=lambda lr: tried[lr]))
+        beside = [ladder[i] for i in (place - 1, place + 1) if 0 <= i < len(ladder)]
         untried = [lr for lr in beside if lr not in tried]
         if not untried:
             return tried
@@ -100,7 +96,8 @@ def main() -> None:
         "epochs": options.epochs,
     }
     for name in options.names or TUNED:
-        tried = search(partial(_accuracy, TUNED[name], data, options.epochs))
+        adam = name.removeprefix("cifar10-").removesuffix("-k3") in ADAM
+        tried = search(partial(_accuracy, TUNED[name], data, options.epochs), adam)
         table[name] = {str(lr): tried[lr] for lr in sorted(tried)}
         print(name, table[name], flush=True)
         write(table, out)

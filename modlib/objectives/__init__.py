@@ -3,7 +3,7 @@
 Any of them works alone, in a training loop of your own: ``objective(module(x), y).backward()``.
 """
 
-from modlib.objectives.hsic import HSIC
+from modlib.objectives.hsic import HSIC, nhsic
 from modlib.objectives.infonce import InfoNCE
 from modlib.objectives.infopro import InfoPro
 from modlib.objectives.objective import Objective
@@ -40,4 +40,5 @@ __all__ = [
     "SimilarityMatching",
     "SupCon",
     "UpperTriangleAlignment",
+    "nhsic",
 ]

@@ -1,0 +1,126 @@
+"""What an experiment is made of: a network, where it is cut, how it is trained, and in which size."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from modlib import data as datasets
+from modlib import networks
+from modlib.data import Dataset
+from modlib.methods import Method
+from modlib.network import ModularNetwork, partition
+
+
+@dataclass(frozen=True)
+class Profile:
+    """The size of a run.
+
+    Attributes:
+        data: name of the data set.
+        widths: of the network.
+        epochs: of every module but an output module that is trained alone.
+        output_epochs: of an output module that is trained alone, on stored features.
+        stride: of the network's first convolution.
+        n_train, n_test: class-balanced subsets; None takes all.
+        size: resize images to this side; None leaves them.
+        batch_size: images a step.
+        channels_last: memory layout.
+    """
+
+    data: str
+    widths: tuple[int, ...]
+    epochs: int
+    output_epochs: int = 1
+    stride: int = 2
+    n_train: int | None = None
+    n_test: int | None = None
+    size: int | None = None
+    batch_size: int = 128
+    channels_last: bool = True
+
+    def load(self, root: str | Path | None) -> Dataset:
+        """The data set, or its subset."""
+        data = datasets.load(self.data, root, size=self.size)
+        if self.n_train is None and self.n_test is None:
+            return data
+        return data.subset(n_train=self.n_train, n_test=self.n_test)
+
+
+_SMOKE = Profile("digits", (8, 8, 16), 1, 1, n_train=512, n_test=256, size=32, batch_size=64)
+CIFAR10 = {
+    "smoke": _SMOKE,
+    "cpu": Profile("cifar10", (24, 48, 96), 8, 8),
+    "gpu": Profile("cifar10", (64, 128, 256), 60, 20, stride=1),
+}
+MNIST = {
+    "smoke": Profile("digits", (32, 32, 32), 1, n_train=512, n_test=256, channels_last=False),
+    "cpu": Profile("mnist", (240,) * 5, 10, channels_last=False),
+    "gpu": Profile("mnist", (240,) * 7, 100, channels_last=False),
+}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A network, where it is cut, and how it is trained.
+
+    Attributes:
+        name: of the recipe and of its records.
+        cut: first layers of the later modules; or a number of modules, balanced by activation
+            memory; 0 makes every layer a module.
+        method: makes the training method.
+        note: the choices that matter (learning rates and the like), for the record.
+        profiles: the sizes it comes in.
+        build: makes the network from (profile, data, seed).
+        output_apart: the output module is a stage of its own, on stored features.
+    """
+
+    name: str
+    cut: tuple[str, ...] | int
+    method: Callable[[], Method]
+    note: Mapping[str, Any]
+    profiles: Mapping[str, Profile] = field(default_factory=lambda: CIFAR10)
+    build: Callable[[Profile, Dataset, int], nn.Module] = field(default_factory=lambda: trunk)
+    output_apart: bool = False
+
+    def network(self, profile: Profile, data: Dataset, seed: int, x: Tensor) -> ModularNetwork:
+        """The network, cut; x is a batch to balance the cut on."""
+        net = self.build(profile, data, seed)
+        if isinstance(self.cut, tuple):
+            return partition(net, self.cut)
+        return partition(net, self.cut or len(list(net.children())), sample=x)
+
+    def epochs(self, profile: Profile, modules: int) -> int | tuple[int, ...]:
+        """Epochs of every stage."""
+        if self.output_apart:
+            return (*[profile.epochs] * (modules - 1), profile.output_epochs)
+        return profile.epochs
+
+    def settings(self) -> dict[str, Any]:
+        """What the record says of the recipe."""
+        return {"cut": self.cut, **self.note}
+
+
+def trunk(profile: Profile, data: Dataset, seed: int) -> nn.Module:
+    """The convolutional network of the CIFAR-10 recipes."""
+    channels, size, _ = data.shape
+    return networks.cnn(
+        profile.widths,
+        len(data.classes),
+        channels=channels,
+        size=size,
+        stride=profile.stride,
+        seed=seed,
+    )
+
+
+def tanh_mlp(profile: Profile, data: Dataset, seed: int) -> nn.Module:
+    """Fully connected layers that end after their tanh, as target propagation wants them."""
+    pixels = torch.Size(data.shape).numel()
+    sizes = [pixels, *profile.widths, len(data.classes)]
+    return networks.mlp(sizes, activation=nn.Tanh, boundary="after", seed=seed)
