@@ -175,7 +175,7 @@ class Audit:
 def audit(
     method: Method, net: ModularNetwork, batch: tuple[Tensor, Tensor], seed: int = 0
 ) -> Audit:
-    """Run one step of every stage on copies, and report what the method needed.
+    """Run two steps of every stage on copies, and report what the second one needed.
 
     Args:
         method: how the network is trained.
@@ -208,21 +208,19 @@ def audit(
 def _audit_stage(
     method: Method, net: ModularNetwork, batch: tuple[Tensor, Tensor], seed: int, number: int
 ) -> StageAudit:
-    watched, stages = _prepare(method, net, batch, seed)
+    watched, stage, inputs = _second_step(method, net, batch, seed, number)
     before = _parameters(watched)
-    inputs = _input(stages[number], batch, seed)
-    with _Watch(watched, stages[number]) as watch:
-        _step(stages[number], inputs, seed)
+    with _Watch(watched, stage) as watch:
+        _step(stage, inputs, seed)
     after = _parameters(watched)
     updated = tuple(k for k in range(len(net)) if not _equal(before[k], after[k]))
 
     def again(labels: Tensor, changed: int | None = None) -> list[list[Tensor]]:
         """The parameters after the same step with other labels, or other weights from a module on."""
-        other, stages = _prepare(method, net, batch, seed)
-        x, _ = _input(stages[number], batch, seed)
+        other, stage, (x, _) = _second_step(method, net, batch, seed, number)
         if changed is not None:
             _change(other, changed)
-        _step(stages[number], (x, labels), seed)
+        _step(stage, (x, labels), seed)
         return _parameters(other)
 
     told = tuple(
@@ -249,6 +247,16 @@ def _prepare(
     net, method = copy.deepcopy(net), copy.deepcopy(method)
     with _seeded(seed, batch[0].device):
         return net, method.stages(net, batch[0])
+
+
+def _second_step(
+    method: Method, net: ModularNetwork, batch: tuple[Tensor, Tensor], seed: int, number: int
+) -> tuple[ModularNetwork, Stage, tuple[Tensor, Tensor]]:
+    """A copy of the network, a stage and its input, after one step: a first step may start from zeros."""
+    copied, stages = _prepare(method, net, batch, seed)
+    inputs = _input(stages[number], batch, seed)
+    _step(stages[number], inputs, seed)
+    return copied, stages[number], inputs
 
 
 def _input(stage: Stage, batch: tuple[Tensor, Tensor], seed: int) -> tuple[Tensor, Tensor]:
@@ -331,10 +339,10 @@ def _equal(a: list[Tensor], b: list[Tensor]) -> bool:
 
 
 def _close(before: list[Tensor], after: list[Tensor], other: list[Tensor]) -> bool:
-    """Are two updates from the same start equal up to rounding (a thousandth of the update)?"""
+    """Are two updates from the same start equal up to rounding (1e-5 of the update)?"""
     size = sum(float((a - b).norm()) for a, b in zip(after, before, strict=True))
     gap = sum(float((a - o).norm()) for a, o in zip(after, other, strict=True))
-    return gap <= 1e-3 * size
+    return gap <= 1e-5 * size
 
 
 def _runs_after_earlier(stage: StageAudit) -> bool:

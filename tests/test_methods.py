@@ -88,6 +88,9 @@ def same_state(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 # --- against plain PyTorch ------------------------------------------------------------------------
 
 
+SHIFT = Augment(pad=1, flip=False)
+
+
 def bare_loop(
     net: nn.Module, data: Dataset, epochs: int, rate: Callable[[float], float]
 ) -> list[float]:
@@ -95,7 +98,7 @@ def bare_loop(
     optimizer = torch.optim.SGD(
         net.parameters(), 0.1, momentum=0.9, weight_decay=5e-4, nesterov=True
     )
-    loader = Loader(data, batch_size=64, augment=Augment(pad=1, flip=False))
+    loader = Loader(data, batch_size=64, augment=SHIFT)
     means = []
     for epoch in range(epochs):
         net.train()
@@ -131,7 +134,15 @@ def test_end_to_end_is_plain_pytorch_bit_for_bit(
     net = partition(copy.deepcopy(plain), modules)
     expected = bare_loop(plain, digits, epochs=2, rate=rate)
     history = fit(
-        net, make(), digits, epochs=2, batch_size=64, seed=3, schedule=schedule, progress=False
+        net,
+        make(),
+        digits,
+        epochs=2,
+        batch_size=64,
+        seed=3,
+        schedule=schedule,
+        augment=SHIFT,
+        progress=False,
     )
     assert [row["losses"] for row in history.rows] == [[mean] for mean in expected]
     for ours, theirs in zip(net.state_dict().values(), plain.state_dict().values(), strict=True):
@@ -440,7 +451,7 @@ def test_cached_features_are_the_frozen_modules_output(digits: Dataset) -> None:
 
 
 def test_epochs_take_the_cached_views_in_turn(digits: Dataset) -> None:
-    loader = Loader(digits, batch_size=64, augment=Augment(pad=1, flip=False))
+    loader = Loader(digits, batch_size=64, augment=SHIFT)
     cached = caching(conv_net(), views=2).batches(loader, seed=0)
     assert isinstance(cached, CachedFeatures)
     sets = [
@@ -464,6 +475,7 @@ def test_caching_refuses_to_freeze_the_augmentation(
             net,
             learner(objective, cache_features=True),
             digits,
+            augment=SHIFT,
             checkpoint=tmp_path / "run.pt",
             progress=False,
         )

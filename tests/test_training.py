@@ -191,7 +191,7 @@ def test_what_is_no_checkpoint_is_refused(content: bytes, digits: Dataset, tmp_p
         ({"seed": 5}, "seed=0, not 5"),
         ({"batch_size": 64}, "batch_size=128, not 64"),
         ({"schedule": "cosine"}, "schedule='one-cycle', not 'cosine'"),
-        ({"augment": None}, "augment="),
+        ({"augment": Augment(pad=1)}, "augment="),
         ({"precision": "bfloat16"}, "precision='float32', not 'bfloat16'"),
         ({"channels_last": True}, "channels_last=False, not True"),
         ({"method": LocalLearning(in_turn=True), "epochs": [1, 1]}, "epochs="),

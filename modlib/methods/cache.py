@@ -53,8 +53,13 @@ class CachingStage(Stage):
                     for module in frozen:
                         x = module(x)
                 pairs.append((x, y.clone()))
-            xs, ys = zip(*pairs, strict=True)
-            views.append((torch.cat(xs), torch.cat(ys)))
+            xs, ys = map(torch.cat, zip(*pairs, strict=True))
+            if len(xs) != len(ys):
+                raise ValueError(
+                    f"cache_features=True: the frozen modules make {len(xs)} rows of {len(ys)} images "
+                    "(patches?), which cannot be shuffled apart; leave cache_features out."
+                )
+            views.append((xs, ys))
         return views
 
 

@@ -84,8 +84,7 @@ def local_error_signals(
     on a loss's scale (but for its epsilon), so the factor is left out here; with SGD it would make
     the last module's rate a hundred times smaller than it reads.
 
-    The classifier starts at zero and sends nothing back in the first step, the one that the audit
-    watches: of "pred" it then sees no update, and of "predsim" that of the similarities alone.
+    The classifier starts at zero and sends nothing back in its first step.
 
     Args:
         loss: "pred", "sim" or "predsim".
