@@ -8,13 +8,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from modlib import checkpoints
 from modlib.audit import audit
 from modlib.data import Loader
 from modlib.experiments import environment
+from modlib.experiments.costs import costs
 from modlib.experiments.recipe import Recipe
 from modlib.experiments.recipes import RECIPES
 from modlib.network import ModularNetwork
@@ -71,7 +71,7 @@ def run(
     batch = loader.sample(settings.batch_size)
     net = recipe.network(settings, data, seed, batch[0].cpu()).to(where)
     method = recipe.method()
-    measured = audit(method, net, batch)
+    measured, price = audit(method, net, batch), costs(method, net, batch)
     folder = Path(runs) / name
     history = fit(
         net,
@@ -104,10 +104,8 @@ def run(
         "final": _final(net, history, data),
         "settings": {**recipe.settings(), **asdict(settings)},
         "audit": measured.summary(),
-        "parameters": {
-            "network": _count(net),
-            "auxiliary": _auxiliary(method, net, batch[0]),
-        },
+        "costs": price,
+        "parameters": {"network": _count(net), "auxiliary": price["auxiliary_parameters"]},
     }
     write(record, target)
     return record
@@ -159,16 +157,3 @@ def _final(net: ModularNetwork, history: History, data: Any) -> dict[str, float]
 
 def _count(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters())
-
-
-def _auxiliary(method: Any, net: ModularNetwork, x: torch.Tensor) -> int:
-    """Parameters that are trained but not deployed."""
-    deployed = {id(p) for p in net.parameters()}
-    trained = {
-        id(p): p.numel()
-        for stage in method.stages(net, x)
-        for optimizer in stage.optimizers
-        for group in optimizer.param_groups
-        for p in group["params"]
-    }
-    return sum(size for key, size in trained.items() if key not in deployed)
