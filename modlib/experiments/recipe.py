@@ -63,6 +63,11 @@ MNIST = {
     "cpu": Profile("mnist", (240,) * 5, 10, channels_last=False),
     "gpu": Profile("mnist", (240,) * 7, 100, channels_last=False),
 }
+MNIST_HSIC = {  # five layers of 128 and batches of 512, as Ma et al. 2020
+    "smoke": MNIST["smoke"],
+    "cpu": Profile("mnist", (128,) * 5, 10, batch_size=512, channels_last=False),
+    "gpu": Profile("mnist", (128,) * 5, 50, batch_size=512, channels_last=False),
+}
 
 
 @dataclass(frozen=True)
@@ -124,3 +129,10 @@ def tanh_mlp(profile: Profile, data: Dataset, seed: int) -> nn.Module:
     pixels = torch.Size(data.shape).numel()
     sizes = [pixels, *profile.widths, len(data.classes)]
     return networks.mlp(sizes, activation=nn.Tanh, boundary="after", seed=seed)
+
+
+def norm_mlp(profile: Profile, data: Dataset, seed: int) -> nn.Module:
+    """Fully connected layers with batch norm and ReLU, as the HSIC bottleneck wants them."""
+    pixels = torch.Size(data.shape).numel()
+    sizes = [pixels, *profile.widths, len(data.classes)]
+    return networks.mlp(sizes, boundary="after", norm=True, seed=seed)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from modlib import methods, objectives
-from modlib.experiments.recipe import MNIST, Recipe, tanh_mlp
+from modlib.experiments.recipe import MNIST, MNIST_HSIC, Recipe, norm_mlp, tanh_mlp
 from modlib.methods import (
     E2EBP,
     DifferenceTargetPropagation,
@@ -34,6 +34,11 @@ def _local(name: str, lr: float, in_turn: bool) -> Recipe:
 def _mnist(name: str, method: Callable[[], Method]) -> Recipe:
     """A tanh network cut after every layer, trained by RMSprop as Lee et al. 2015 did."""
     return Recipe(name, 0, method, {"lr": 1e-3}, MNIST, tanh_mlp)
+
+
+def _mnist_norm(name: str, lr: float, method: Callable[[], Method]) -> Recipe:
+    """A ReLU network with batch norm cut after every layer, as Ma et al. 2020 trained it."""
+    return Recipe(name, 0, method, {"lr": lr}, MNIST_HSIC, norm_mlp)
 
 
 def _proxy(name: str, objective: Callable[[], Objective], lr: float, *cut: str) -> Recipe:
@@ -149,6 +154,8 @@ RECIPES: dict[str, Recipe] = {
             if (key, modules) != ("dgl", 3)  # that is cifar10-dgl
         ),
         _proxy("cifar10-proxy3-supcon", _PROXIES["supcon"], _SUPCON, "conv5"),
+        _mnist_norm("mnist-hsic", 0.1, methods.hsic_bottleneck),
+        _mnist_norm("mnist-norm-e2ebp", 0.1, partial(E2EBP, optimizer=sgd(0.1))),
         _mnist("mnist-dtp", DifferenceTargetPropagation),
         _mnist("mnist-e2ebp", partial(E2EBP, optimizer=partial(torch.optim.RMSprop, lr=1e-3))),
     )

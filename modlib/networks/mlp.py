@@ -18,6 +18,7 @@ def mlp(
     activation: Callable[[], nn.Module] = nn.ReLU,
     boundary: str = "before",
     kernel: str | None = None,
+    norm: bool = False,
     seed: int | None = None,
 ) -> nn.Sequential:
     """Linear layers with an activation between them; inputs of any shape are flattened.
@@ -32,6 +33,7 @@ def mlp(
             with their activation, where target propagation wants it.
         kernel: put a ``FeatureMap`` of this kernel, as layer ``features``, in place of the last
             activation; strictly modular training needs one.
+        norm: batch norm, without scale and shift, behind every hidden linear layer.
         seed: of the initial weights; None takes PyTorch's global state.
 
     Returns:
@@ -40,6 +42,8 @@ def mlp(
     >>> import torch
     >>> mlp([64, 32, 10], kernel="tanh", seed=0)(torch.zeros(2, 1, 8, 8)).shape
     torch.Size([2, 10])
+    >>> mlp([64, 32, 10], norm=True).layer1[2]
+    BatchNorm1d(32, ..., affine=False, ...)
     """
     if len(sizes) < 2:
         raise ValueError(f"sizes={list(sizes)}: give at least an input and an output size.")
@@ -53,6 +57,9 @@ def mlp(
     for number, linear in enumerate(linears, start=1):
         last = number == len(linears)
         start: list[nn.Module] = [nn.Flatten()] if number == 1 else []
+        units: list[nn.Module] = [linear]
+        if norm and not last:
+            units.append(nn.BatchNorm1d(linear.out_features, affine=False))
         end: list[nn.Module] = [] if last else [activation()]
         if boundary == "before":
             start, end = start or [activation()], []
@@ -60,9 +67,9 @@ def mlp(
             layers["features"] = FeatureMap(kernel)
             start = []
         name = "head" if last else f"layer{number}"
-        layers[name] = Layer(*start, linear, *end)
+        layers[name] = Layer(*start, *units, *end)
     return nn.Sequential(layers)
 
 
 class Layer(nn.Sequential):
-    """[activation or flatten →] linear [→ activation]: kept whole when a network is cut."""
+    """[activation or flatten →] linear [→ batch norm] [→ activation]: kept whole when a network is cut."""
