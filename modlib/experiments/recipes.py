@@ -137,7 +137,18 @@ RATES: dict[str, float] = {
     "cifar10-proxy-log-contrastive": 1.0,
     "cifar10-proxy-raw-balanced": 0.01,
     "cifar10-proxy-contrastive-balanced": 0.03,
-    **{f"cifar10-{key}-k3": 0.001 if key in ADAM else 0.3 for key in LOCAL if key != "dgl"},
+    "cifar10-greedy-1-k3": 0.3,
+    "cifar10-greedy-2-k3": 0.3,
+    "cifar10-cascade-k3": 0.3,
+    "cifar10-dgl-cnn-k3": 0.3,
+    "cifar10-pred-k3": 0.003,
+    "cifar10-sim-k3": 0.01,
+    "cifar10-predsim-k3": 0.01,
+    "cifar10-mono-forward-k3": 0.3,
+    "cifar10-random-k3": 0.3,
+    "cifar10-auglocal-k3": 1.0,
+    "cifar10-infopro-softmax-k3": 0.3,
+    "cifar10-infopro-contrast-k3": 0.3,
 }
 
 _SUPCON = RATES["cifar10-proxy-supcon"]
