@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from modlib import networks
 from modlib.data import Dataset
 from modlib.methods import Method
 from modlib.network import ModularNetwork, partition
+from modlib.training import Schedule
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,7 @@ class Recipe:
         profiles: the sizes it comes in.
         build: makes the network from (profile, data, seed).
         output_apart: the output module is a stage of its own, on stored features.
+        schedule: of the learning rates, as in ``modlib.fit``.
     """
 
     name: str
@@ -92,6 +94,7 @@ class Recipe:
     profiles: Mapping[str, Profile] = field(default_factory=lambda: CIFAR10)
     build: Callable[[Profile, Dataset, int], nn.Module] = field(default_factory=lambda: trunk)
     output_apart: bool = False
+    schedule: str | Schedule = "one-cycle"
 
     def network(self, profile: Profile, data: Dataset, seed: int, x: Tensor) -> ModularNetwork:
         """The network, cut; x is a batch to balance the cut on."""
@@ -136,3 +139,39 @@ def norm_mlp(profile: Profile, data: Dataset, seed: int) -> nn.Module:
     pixels = torch.Size(data.shape).numel()
     sizes = [pixels, *profile.widths, len(data.classes)]
     return networks.mlp(sizes, boundary="after", norm=True, seed=seed)
+
+
+# --- networks of the papers -----------------------------------------------------------------------
+
+VGG8B = {  # batches and epochs of Nøkland & Eidnes 2019
+    "smoke": replace(_SMOKE, widths=(4,)),
+    "gpu": Profile("cifar10", (128,), 400),
+}
+RESNET = {  # of Wang et al. 2021
+    "smoke": replace(_SMOKE, widths=(2, 2, 4), size=16, n_train=64, n_test=32, batch_size=32),
+    "gpu": Profile("cifar10", (16, 32, 64), 160, batch_size=1024),
+}
+
+
+def vgg8b(profile: Profile, data: Dataset, seed: int) -> nn.Module:
+    """The network of the local error signals."""
+    channels, size, _ = data.shape
+    (width,) = profile.widths
+    return networks.vgg8b(len(data.classes), width=width, channels=channels, size=size, seed=seed)
+
+
+def resnet(blocks: int, profile: Profile, data: Dataset, seed: int) -> nn.Module:
+    """A residual network of ``6 * blocks + 2`` layers."""
+    channels, size, _ = data.shape
+    return networks.resnet(
+        profile.widths, blocks, len(data.classes), channels=channels, size=size, seed=seed
+    )
+
+
+def steps(factor: float, *milestones: float) -> Schedule:
+    """A schedule that multiplies the rates by a factor at each milestone of progress in [0, 1).
+
+    >>> [steps(0.25, 0.5, 0.75)(progress) for progress in (0.0, 0.6, 0.8)]
+    [1.0, 0.25, 0.0625]
+    """
+    return lambda progress: factor ** sum(progress >= milestone for milestone in milestones)

@@ -9,7 +9,18 @@ from typing import Any
 import torch
 
 from modlib import methods, objectives
-from modlib.experiments.recipe import MNIST, MNIST_HSIC, Recipe, norm_mlp, tanh_mlp
+from modlib.experiments.recipe import (
+    MNIST,
+    MNIST_HSIC,
+    RESNET,
+    VGG8B,
+    Recipe,
+    norm_mlp,
+    resnet,
+    steps,
+    tanh_mlp,
+    vgg8b,
+)
 from modlib.methods import (
     E2EBP,
     DifferenceTargetPropagation,
@@ -88,6 +99,46 @@ def _locally(key: str, modules: int, lr: float) -> Recipe:
     return Recipe(f"cifar10-{key}-k{modules}", modules, partial(LOCAL[key], make, modules), note)
 
 
+def _vgg8b(name: str, method: Method, modules: int) -> Recipe:
+    """As published by Nøkland & Eidnes 2019, but for our augmentation."""
+    schedule = steps(0.25, 0.5, 0.75, 0.89, 0.94)
+    note = {"lr": 5e-4, "schedule": "times 0.25 at 50, 75, 89 and 94 %"}
+    return Recipe(name, modules, lambda: method, note, VGG8B, vgg8b, schedule=schedule)
+
+
+def _resnet(name: str, layers: int, cut: tuple[str, ...], method: Method) -> Recipe:
+    """As published by Wang et al. 2021, on squared errors of pixels."""
+    build, note = partial(resnet, (layers - 2) // 6), {"lr": 0.8, "schedule": "cosine"}
+    return Recipe(name, cut, lambda: method, note, RESNET, build, schedule="cosine")
+
+
+_ADAM = partial(torch.optim.Adam, lr=5e-4)
+_SGD = sgd(0.8, weight_decay=1e-4)
+_HALVES = {32: ("block8",), 110: ("block28",)}
+_QUARTERS = {32: ("block3", "block8", "block12"), 110: ("block13", "block27", "block41")}
+
+# The papers' networks and settings, for a GPU.
+PAPERS: list[Recipe] = [
+    _vgg8b("cifar10-vgg8b-e2ebp", E2EBP(optimizer=_ADAM), 1),
+    *(
+        _vgg8b(f"cifar10-vgg8b-{loss}", methods.local_error_signals(loss, optimizer=_ADAM), 8)
+        for loss in ("pred", "sim", "predsim")
+    ),
+    *(
+        _resnet(f"cifar10-resnet{layers}-{key}-k{len(cut) + 1}", layers, cut, method)
+        for layers in (32, 110)
+        for cut in (_HALVES[layers], _QUARTERS[layers])
+        for key, method in {
+            "e2ebp": E2EBP(optimizer=_SGD),
+            "dgl": methods.decoupled_greedy(optimizer=_SGD),
+            "infopro": methods.infopro(
+                *_INFOPRO[2 if len(cut) == 1 else 3], form="contrast", optimizer=_SGD
+            ),
+        }.items()
+        if key != "e2ebp" or len(cut) == 1
+    ),
+]
+
 OUTPUT_LR = 1.0  # of an output module alone: a convex problem on unit vectors, the same for all
 KERNEL = "relu-pool"
 
@@ -165,6 +216,7 @@ RECIPES: dict[str, Recipe] = {
             if (key, modules) != ("dgl", 3)  # that is cifar10-dgl
         ),
         _proxy("cifar10-proxy3-supcon", _PROXIES["supcon"], _SUPCON, "conv5"),
+        *PAPERS,
         _mnist_norm("mnist-hsic", 0.1, methods.hsic_bottleneck),
         _mnist_norm("mnist-norm-e2ebp", 0.1, partial(E2EBP, optimizer=sgd(0.1))),
         _mnist("mnist-dtp", DifferenceTargetPropagation),

@@ -82,6 +82,7 @@ def run(
         seed=seed,
         device=where,
         channels_last=settings.channels_last,
+        schedule=recipe.schedule,
         checkpoint=folder / "checkpoint.pt",
         resume=resume,
         progress=progress,
