@@ -125,7 +125,7 @@ def train_and_die(case: str, checkpoint: Path, event: str, count: int) -> None:
 def long_recipe() -> Any:
     """A recipe whose smoke run has epochs enough to be interrupted between them."""
     recipe = modlib.experiments.RECIPES["cifar10-e2ebp"]
-    smoke = dataclasses.replace(recipe.profiles["smoke"], epochs=3)
+    smoke = dataclasses.replace(recipe.profiles["smoke"], epochs=8)
     return dataclasses.replace(recipe, name="long", profiles={"smoke": smoke})
 
 

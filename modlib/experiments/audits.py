@@ -9,7 +9,16 @@ from torch import nn
 from modlib import networks
 from modlib.audit import Audit, audit
 from modlib.data import Loader, load
-from modlib.methods import E2EBP, DifferenceTargetPropagation, LocalLearning, Method, ProxyObjective
+from modlib.methods import (
+    E2EBP,
+    AugLocal,
+    DifferenceTargetPropagation,
+    InformationPropagation,
+    LocalLearning,
+    Method,
+    ProxyObjective,
+    TransportRegularised,
+)
 from modlib.network import ModularNetwork, partition
 from modlib.objectives import SupCon
 
@@ -18,8 +27,7 @@ def audits(method: str | None = None, modules: int = 3) -> list[Audit]:
     """Audit one method by name, or all.
 
     Args:
-        method: "E2EBP", "LocalLearning", "ProxyObjective" or "DifferenceTargetPropagation"; None
-            for all.
+        method: a class of ``modlib.methods``, by its name; None for all.
         modules: K, at least 3 for target propagation.
 
     Raises:
@@ -46,9 +54,22 @@ def _tanh(modules: int) -> ModularNetwork:
     return partition(networks.mlp(sizes, activation=nn.Tanh, boundary="after", seed=0), modules)
 
 
+def _conv(modules: int) -> ModularNetwork:
+    net = networks.cnn((8, 8, 16), channels=1, size=8, stride=1, kernel="relu", seed=0)
+    return partition(net, modules)
+
+
+def _residual(modules: int) -> ModularNetwork:
+    net = networks.resnet((8, 8, 16), 2, channels=1, size=8, kernel="relu", seed=0)
+    return partition(net, modules)
+
+
 _CASES: dict[str, tuple[Callable[[], Method], Callable[[int], ModularNetwork]]] = {
     "E2EBP": (E2EBP, _relu),
     "LocalLearning": (LocalLearning, _relu),
     "ProxyObjective": (lambda: ProxyObjective(SupCon(kernel="relu")), _relu),
     "DifferenceTargetPropagation": (DifferenceTargetPropagation, _tanh),
+    "AugLocal": (AugLocal, _conv),
+    "InformationPropagation": (InformationPropagation, _conv),
+    "TransportRegularised": (TransportRegularised, _residual),
 }
