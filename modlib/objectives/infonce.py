@@ -4,7 +4,8 @@ r"""Greedy InfoMax: a module's output for some patches of an image predicts thos
           {\sum_{z' \in \{z_{r+s+g}\} \cup N} \exp f_s(z', z_r)}, \qquad f_s(z', z) = z'^\top W_s z
 
 z_r is the vector of a patch in row r, g the gap, and N are negatives drawn from the batch. The loss
-bounds what patches tell about each other: :math:`I(z_r; z_{r+s+g}) \ge \log(|N| + 1) - L`.
+bounds what patches tell about each other, :math:`I(z_r; z_{r+s+g}) \ge \log(|N| + 1) - L`, where the rows
+of a batch are independent; patches of one image are not quite.
 
 Source: Löwe, O'Connor & Veeling 2019 (arXiv 1905.11786), section 3; van den Oord, Li & Vinyals 2018
 (arXiv 1807.03748), section 2.
