@@ -125,13 +125,14 @@ def train_and_die(case: str, checkpoint: Path, event: str, count: int) -> None:
 def long_recipe() -> Any:
     """A recipe whose smoke run has epochs enough to be interrupted between them."""
     recipe = modlib.experiments.RECIPES["cifar10-e2ebp"]
-    smoke = dataclasses.replace(recipe.profiles["smoke"], epochs=8)
+    smoke = dataclasses.replace(recipe.profiles["smoke"], epochs=5)
     return dataclasses.replace(recipe, name="long", profiles={"smoke": smoke})
 
 
 def command(arguments: list[str], errors: Path) -> None:
     """The ``modlib`` command with that recipe and slow steps; standard error goes to a file."""
     torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs inherit it ignored
     modlib.experiments.RECIPES["long"] = long_recipe()
     register_optimizer_step_post_hook(lambda *_: time.sleep(0.05))
     os.dup2(os.open(errors, os.O_WRONLY | os.O_CREAT), 2)
