@@ -1,7 +1,7 @@
 """The theorems as code: bounds that nothing beats, heads with honest gaps, counter-examples that break.
 
-`MODLIB_SEARCH=20000 pytest tests/test_certificates.py -k search` attacks each theorem with that many
-random instances; the default is a sample of them.
+Each theorem is attacked with 20,000 random instances; `MODLIB_SEARCH=200 pytest
+tests/test_certificates.py -k search` takes a sample of them.
 """
 
 from __future__ import annotations

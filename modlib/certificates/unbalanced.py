@@ -20,7 +20,8 @@ points and scores into such a :math:`(q, u, V)`, so the bound is true whatever t
 some classes are so rare that merging them pays. Else Newton's method on the dual with logarithmic
 barriers. Classes of equal share may be treated alike, since the dual is concave and symmetric in them.
 With more than `_GROUPS` different shares neighbouring ones are tied too: the bound stays true but is loose
-(thirty shares that fall by a tenth each: by 1 % of the risk at floor 0, by 14 % at floor -1).
+(thirty shares that fall by a tenth each, in the cases tried: by 1 % of the risk at floor 0, by up to 15 %
+at floor -1).
 """
 
 from __future__ import annotations

@@ -79,18 +79,17 @@ class AugLocal(LocalLearning):
             raise ValueError(f"shrink={shrink}: give a number from 0 (equal depths) to 1.")
         self.depth, self.shrink = depth, shrink
 
-    def objectives(self, net: ModularNetwork, x: Tensor) -> list[Objective]:
-        """A classifier for each hidden module, and the objective of the last one."""
+    def hidden_objectives(
+        self, net: ModularNetwork, x: Tensor, shapes: Sequence[tuple[int, ...]], classes: int
+    ) -> list[Objective]:
         units, ends = _units(net, x)
-        *hidden, (classes,) = net.shapes(x)
         local: list[Objective] = []
-        for end, shape in zip(ends[:-1], hidden, strict=True):
+        for end, shape in zip(ends[:-1], shapes, strict=True):
             chosen = chosen_layers(end, len(units), self.depth, self.shrink)
             local.append(
                 AuxiliaryClassifier(_classifier([units[i] for i in chosen], shape, classes))
             )
-        output = self.output.for_module((classes,), classes)
-        return [objective.to(x.device) for objective in (*local, output)]
+        return local
 
 
 def chosen_layers(layer: int, layers: int, depth: int, shrink: float = 0.5) -> list[int]:

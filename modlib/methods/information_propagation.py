@@ -65,14 +65,16 @@ class InformationPropagation(LocalLearning):
     def objectives(self, net: ModularNetwork, x: Tensor) -> list[Objective]:
         if x.dim() != 4:
             raise ValueError(f"x has shape {tuple(x.shape)}; InfoPro needs images (N, C, H, W).")
-        *hidden, (classes,) = net.shapes(x)
+        return super().objectives(net, x)
+
+    def hidden_objectives(
+        self, net: ModularNetwork, x: Tensor, shapes: Sequence[tuple[int, ...]], classes: int
+    ) -> list[Objective]:
         weights = infopro_weights(len(net), self.first, self.last)
-        local = [
+        return [
             self._objective(pair, x.shape[1]).for_module(shape, classes)
-            for pair, shape in zip(weights, hidden, strict=True)
+            for pair, shape in zip(weights, shapes, strict=True)
         ]
-        output = self.output.for_module((classes,), classes)
-        return [objective.to(x.device) for objective in (*local, output)]
 
     def _objective(self, weights: tuple[float, float], channels: int) -> InfoPro:
         return InfoPro(*weights, self.form, self.mean, self.std, channels)

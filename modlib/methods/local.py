@@ -83,9 +83,15 @@ class LocalLearning(Method):
     def objectives(self, net: ModularNetwork, x: Tensor) -> list[Objective]:
         """The K objectives, on the device of x and with parameters to fit each module's output."""
         *hidden, (classes,) = net.shapes(x)
-        local = [self.objective.for_module(shape, classes) for shape in hidden]
+        local = self.hidden_objectives(net, x, hidden, classes)
         output = self.output.for_module((classes,), classes)
         return [objective.to(x.device) for objective in (*local, output)]
+
+    def hidden_objectives(
+        self, net: ModularNetwork, x: Tensor, shapes: Sequence[tuple[int, ...]], classes: int
+    ) -> list[Objective]:
+        """Those of the modules but the last, whose outputs have these shapes (without N)."""
+        return [self.objective.for_module(shape, classes) for shape in shapes]
 
     def _stage(
         self, modules: list[nn.Module], k: int, objective: Objective, optimizer: Optimizer

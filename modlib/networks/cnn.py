@@ -60,9 +60,16 @@ def cnn(
             layers[f"conv{2 * block + 1}"] = ConvUnit(before, width, step, first=block == 0)
             layers[f"conv{2 * block + 2}"] = ConvUnit(width, width, 1, first=False)
             before = width
-        layers["features"] = FeatureMap(kernel)
-        trunk = nn.Sequential(layers).eval()
-        with torch.no_grad():
-            features = trunk(torch.zeros(1, channels, size, size)).shape[1]
-        layers["head"] = nn.Linear(features, classes)
-        return nn.Sequential(layers).train()
+        return with_head(layers, kernel, classes, (channels, size, size))
+
+
+def with_head(
+    layers: OrderedDict[str, nn.Module], kernel: str, classes: int, shape: tuple[int, int, int]
+) -> nn.Sequential:
+    """The layers, a feature map and a linear layer that takes its features; ``shape`` is the image's."""
+    layers["features"] = FeatureMap(kernel)
+    trunk = nn.Sequential(layers).eval()
+    with torch.no_grad():
+        features = trunk(torch.zeros(1, *shape)).shape[1]
+    layers["head"] = nn.Linear(features, classes)
+    return nn.Sequential(layers).train()

@@ -6,12 +6,10 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from typing import cast
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from modlib.kernels import FeatureMap
-from modlib.networks.cnn import ConvUnit
+from modlib.networks.cnn import ConvUnit, with_head
 from modlib.networks.seeding import seeded
 
 
@@ -86,9 +84,4 @@ def resnet(
             stride = 2 if group and not position else 1
             layers[f"block{number + 1}"] = ResidualUnit(before, widths[group], stride)
             before = widths[group]
-        layers["features"] = FeatureMap(kernel)
-        trunk = nn.Sequential(layers).eval()
-        with torch.no_grad():
-            features = trunk(torch.zeros(1, channels, size, size)).shape[1]
-        layers["head"] = nn.Linear(features, classes)
-        return nn.Sequential(layers).train()
+        return with_head(layers, kernel, classes, (channels, size, size))
