@@ -10,7 +10,7 @@ from what was seen.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -67,7 +67,7 @@ class StageAudit:
 
     def ran(self) -> set[int]:
         """The modules that ran."""
-        return {event.module for event in self.events if event.what == "forward"}
+        return _ran(self.events)
 
 
 @dataclass(frozen=True)
@@ -223,10 +223,11 @@ def _audit_stage(
         _step(stage, (x, labels), seed)
         return _parameters(other)
 
+    last = max(_ran(watch.events))
     told = tuple(
         k
         for k in updated
-        if k < max(watch.ran()) and not _close(before[k], after[k], again(inputs[1], k + 1)[k])
+        if k < last and not _close(before[k], after[k], again(inputs[1], k + 1)[k])
     )
     return StageAudit(
         tuple(watch.events),
@@ -345,6 +346,10 @@ def _close(before: list[Tensor], after: list[Tensor], other: list[Tensor]) -> bo
     return gap <= 1e-5 * size
 
 
+def _ran(events: Iterable[Event]) -> set[int]:
+    return {event.module for event in events if event.what == "forward"}
+
+
 def _runs_after_earlier(stage: StageAudit) -> bool:
     trained = [event.module for event in stage.events if event.what == "backward"]
     return bool(trained) and min(stage.ran()) < max(trained)
@@ -392,9 +397,6 @@ class _Watch:
         event = Event(what, module, self._pass)
         if not self.events or self.events[-1] != event:  # one event, however many parameters
             self.events.append(event)
-
-    def ran(self) -> set[int]:
-        return {event.module for event in self.events if event.what == "forward"}
 
     def _enter(self, k: int) -> Callable[[nn.Module, Any], Any]:
         """Give module k a view of its input: gradient that reaches the view comes out of module k."""

@@ -9,6 +9,7 @@ from functools import partial
 
 import pytest
 import torch
+from summed import summed_step
 from torch import Tensor, nn
 
 from modlib import networks
@@ -220,16 +221,7 @@ class Together(Stage):
     """Proper boundaries, but one backward pass for the sum of all losses, and updates at the end."""
 
     def step(self, x: Tensor, y: Tensor) -> Tensor:
-        losses = []
-        for module, objective in zip(self.modules, self.objectives, strict=True):
-            x = module(x.detach())
-            losses.append(objective(x, y))
-        for optimizer in self.optimizers:
-            optimizer.zero_grad()
-        torch.stack(losses).sum().backward()
-        for optimizer in self.optimizers:
-            optimizer.step()
-        return torch.stack(losses).detach()
+        return summed_step(self, x, y, boundary=True)
 
 
 class Summed(LocalLearning):

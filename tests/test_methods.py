@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from summed import summed_step
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -291,16 +292,7 @@ def without_boundary(self: Stage, x: Tensor, y: Tensor) -> Tensor:
     """Stage.step with its detach removed: one backward pass of the summed losses."""
     for module in self.frozen:
         x = module(x)
-    losses = []
-    for module, objective in zip(self.modules, self.objectives, strict=True):
-        x = module(x)
-        losses.append(objective(x, y))
-    for optimizer in self.optimizers:
-        optimizer.zero_grad()
-    torch.stack(losses).sum().backward()
-    for optimizer in self.optimizers:
-        optimizer.step()
-    return torch.stack(losses).detach()
+    return summed_step(self, x, y, boundary=False)
 
 
 def outputs_with_graph(self: TargetStage, x: Tensor) -> list[Tensor]:
