@@ -12,9 +12,21 @@ Principe, "Training Deep Architectures Without End-to-End Backpropagation" (arXi
 True
 """
 
-from modlib import certificates, data, kernels, methods, networks, objectives
+from modlib import (
+    certificates,
+    data,
+    few_labels,
+    kernels,
+    methods,
+    networks,
+    objectives,
+    transfer,
+    zoo,
+)
 from modlib.audit import Audit, audit
+from modlib.extract import extract
 from modlib.network import ModularNetwork, partition
+from modlib.pairs import fit_pairs, same_class
 from modlib.training import Evaluation, History, evaluate, fit
 
 __version__ = "0.1.0"
@@ -28,10 +40,16 @@ __all__ = [
     "certificates",
     "data",
     "evaluate",
+    "extract",
+    "few_labels",
     "fit",
+    "fit_pairs",
     "kernels",
     "methods",
     "networks",
     "objectives",
     "partition",
+    "same_class",
+    "transfer",
+    "zoo",
 ]

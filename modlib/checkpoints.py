@@ -44,7 +44,7 @@ class Checkpoint:
         if not self.path.exists():
             return None
         try:
-            state = _read_whole(self.path)
+            state = read_whole(self.path)
             settings = dict(state.pop("settings"))
         except Exception as error:  # whatever a damaged file makes its reader stumble over
             raise ValueError(
@@ -74,7 +74,7 @@ def save_whole(state: State, path: Path) -> None:
         temporary.unlink(missing_ok=True)  # what an interruption has left
 
 
-def _read_whole(path: Path) -> State:
+def read_whole(path: Path) -> State:
     """Read a state back; raises if a single bit of it has changed, which torch does not check."""
     with zipfile.ZipFile(path) as archive:
         if broken := archive.testzip():

@@ -12,7 +12,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
-from typing import Any, cast
+from typing import Any, cast, overload
 
 import torch
 from torch import Tensor, fx, nn
@@ -39,6 +39,10 @@ class ModularNetwork(nn.Sequential):
         super().__init__(*(nn.Sequential(OrderedDict(_attribute_names(m))) for m in modules))
         self.names = tuple(tuple(name for name, _ in chain) for chain in modules)
 
+    @overload
+    def __getitem__(self, index: slice) -> ModularNetwork: ...
+    @overload
+    def __getitem__(self, index: int) -> nn.Sequential: ...
     def __getitem__(self, index: slice | int) -> nn.Sequential:
         if not isinstance(index, slice):
             return cast(nn.Sequential, super().__getitem__(index))

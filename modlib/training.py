@@ -155,7 +155,7 @@ def fit(
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         sample, _ = loader.sample(min(batch_size, 8))
-        _check_output(net, sample, data)
+        method.check_output(_output_shape(net, sample, data), len(data.classes))
         stages = method.stages(net, sample)
         lengths = _epochs(epochs, len(stages))
         settings = _Settings(
@@ -432,16 +432,11 @@ def _listed(descriptions: Iterable[str]) -> str:
     return ", ".join(dict.fromkeys(descriptions))
 
 
-def _check_output(net: ModularNetwork, sample: Tensor, data: Dataset) -> None:
+def _output_shape(net: ModularNetwork, sample: Tensor, data: Dataset) -> tuple[int, ...]:
     try:
-        shape = net.shapes(sample)[-1]
+        return net.shapes(sample)[-1]
     except (RuntimeError, ValueError, IndexError) as error:
         raise ValueError(
             f"net: it cannot run on images of shape {tuple(sample.shape[1:])} of {data.name!r} "
             f"({str(error).splitlines()[0]}); build it for that shape."
         ) from error
-    if len(shape) != 1 or shape[0] < len(data.classes):
-        raise ValueError(
-            f"net: its output has shape {shape}, but {data.name!r} has {len(data.classes)} classes; "
-            f"its last layer must give {len(data.classes)} logits."
-        )

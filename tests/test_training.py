@@ -496,7 +496,7 @@ def test_arguments_of_a_wrong_kind_are_refused(
 @pytest.mark.parametrize(
     ("net", "message"),
     [
-        (lambda: networks.mlp([64, 9]), r"output has shape \(9,\), but 'digits' has 10 classes"),
+        (lambda: networks.mlp([64, 9]), r"output has shape \(9,\), but the data have 10 classes"),
         (lambda: nn.Conv2d(1, 10, 3), r"output has shape \(10, 6, 6\)"),
         (lambda: networks.mlp([100, 10]), r"cannot run on images of shape \(1, 8, 8\) of 'digits'"),
         (lambda: nn.Sequential(nn.BatchNorm1d(64), nn.Linear(64, 10)), "expected 2D or 3D input"),

@@ -14,19 +14,18 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 from collections.abc import Iterator
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from modlib.certificates import best_head, global_bound, optimality_gap
 from modlib.data import Dataset, Loader
 from modlib.experiments.recipes import RECIPES
 from modlib.experiments.run import Record, write
+from modlib.extract import extract
 from modlib.kernels import FeatureMap
 from modlib.network import ModularNetwork
 
@@ -95,7 +94,7 @@ def pairs(net: ModularNetwork, data: Dataset, n: int = 2000) -> dict[str, float]
         net: ends in a feature map and a head.
         data: its first n test images are compared.
     """
-    features, y = _features(net, data, "test", n)
+    features, y = extract(_body(net), data, "test", n=min(n, len(data.test_labels)))
     gram = features @ features.T
     same = y[:, None] == y[None, :]
     off = ~torch.eye(len(y), dtype=torch.bool)
@@ -107,25 +106,12 @@ def pairs(net: ModularNetwork, data: Dataset, n: int = 2000) -> dict[str, float]
 
 
 def _input_gap(net: ModularNetwork, data: Dataset, head_norm: float) -> dict[str, float]:
-    features, y = _features(net, data, "train", None)
+    features, y = extract(_body(net), data, "train")
     floor = next(m.floor for m in net.modules() if isinstance(m, FeatureMap))
     shares = (torch.bincount(y) / len(y)).tolist()
     head = best_head(features, y, head_norm=head_norm, tolerance=1e-5)
     bound = global_bound("cross_entropy", shares, floor, head_norm=head_norm)
     return {"best_head": head.risk, "bound": bound, "duality_gap": head.duality_gap}
-
-
-@torch.no_grad()
-def _features(
-    net: ModularNetwork, data: Dataset, split: str, n: int | None
-) -> tuple[Tensor, Tensor]:
-    """Feature vectors (n, D) and labels (n,) of a split's first n images."""
-    body = _body(net).eval()
-    loader = Loader(data, split, 500, shuffle=False, drop_last=False)  # type: ignore[arg-type]
-    batches = islice(loader.epoch(0, 0), None if n is None else math.ceil(n / 500))
-    found = [(body(x), y.clone()) for x, y in batches]
-    features, labels = (torch.cat(parts) for parts in zip(*found, strict=True))
-    return features[:n], labels[:n]
 
 
 def _body(net: ModularNetwork) -> nn.Sequential:

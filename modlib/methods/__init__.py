@@ -21,6 +21,7 @@ from modlib.methods.named import (
     mono_forward,
     random_classifiers,
 )
+from modlib.methods.only import Only
 from modlib.methods.proxy import ProxyObjective
 from modlib.methods.target_propagation import DifferenceTargetPropagation
 from modlib.methods.transport_regularised import TransportRegularised
@@ -34,6 +35,7 @@ __all__ = [
     "KeepHeads",
     "LocalLearning",
     "Method",
+    "Only",
     "ProxyObjective",
     "Stage",
     "TransportRegularised",

@@ -31,6 +31,7 @@ from modlib.methods.method import MakeOptimizer
 from modlib.network import ModularNetwork, evaluating
 from modlib.networks.cnn import ConvUnit
 from modlib.networks.residual import ResidualUnit
+from modlib.networks.seeding import redraw
 from modlib.objectives import AuxiliaryClassifier, Objective
 
 
@@ -171,10 +172,7 @@ def _fitted(unit: _Unit, before: tuple[int, ...]) -> nn.Module:
         new.conv1 = _convolution(new.conv1, channels, (1, 1))
         new.conv2 = _convolution(new.conv2, new.conv2.in_channels, stride)
         new.downsample = _short_cut(channels, unit.shape[0], stride, new.bn3)
-    for part in new.modules():
-        reset = getattr(part, "reset_parameters", None)
-        if callable(reset):
-            reset()
+    redraw(new)
     return new
 
 

@@ -181,6 +181,14 @@ class Method:
         """
         raise NotImplementedError(f"{type(self).__name__} must define stages(net, x).")
 
+    def check_output(self, shape: Sequence[int], classes: int) -> None:
+        """Refuse a network whose output, of this shape without N, the method cannot train."""
+        if len(shape) != 1 or shape[0] < classes:
+            raise ValueError(
+                f"net: its output has shape {tuple(shape)}, but the data have {classes} classes; its "
+                f"last layer must give {classes} logits."
+            )
+
     def make_optimizers(self, owners: Sequence[Sequence[nn.Module]]) -> list[Optimizer]:
         """One optimiser for each group of modules (a module and its objective, say)."""
         if callable(self.optimizer):

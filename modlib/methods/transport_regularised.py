@@ -32,7 +32,8 @@ class TransportRegularised(LocalLearning):
     """Train every module on its classifier's loss and on how far its residual blocks move.
 
     Args:
-        tau: τ > 0, the step of the movement; the larger, the less a distance costs.
+        tau: τ > 0, the step of the movement; the larger, the less a distance costs. Distances are
+            means over a residual's entries: for sums over them divide τ by their number.
         network: the hidden modules' classifiers, as for ``AuxiliaryClassifier``.
         smoothing: of the labels.
         in_turn: train one module after another.

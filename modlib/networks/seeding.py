@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from torch import nn
 
 
 @contextmanager
@@ -24,3 +25,19 @@ def seeded(seed: int | None) -> Iterator[None]:
         if seed is not None:
             torch.manual_seed(seed)
         yield
+
+
+def redraw(module: nn.Module, seed: int | None = None) -> None:
+    """Draw the initial weights of all layers anew, and forget batch norm's statistics.
+
+    >>> layer = nn.Linear(2, 2)
+    >>> before = layer.weight.clone()
+    >>> redraw(layer, seed=0)
+    >>> bool((layer.weight == before).all())
+    False
+    """
+    with seeded(seed):
+        for part in module.modules():
+            reset = getattr(part, "reset_parameters", None)
+            if callable(reset):
+                reset()

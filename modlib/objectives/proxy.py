@@ -17,7 +17,7 @@ ordered pairs :math:`i \ne j` of the same and of different classes:
 
 ``negatives_only`` keeps the pairs in D alone. ``balanced`` gives S and D equal weight (with ten
 classes nine pairs in ten are in D, and S hardly counts). Labels are used as same/different pairs
-only.
+only; in place of labels (B,) each takes those pairs themselves, a boolean matrix (B, B).
 
 Sources: Duan, Yu & Principe 2022 (arXiv 2005.05541), section IV; their released training objectives
 are maximised, ours are minimised. Centred alignment: Cortes, Mohri & Rostamizadeh 2012. SupCon:
@@ -250,23 +250,33 @@ class SupCon(ProxyLoss):
 
 def _same(h: Tensor, y: Tensor, positives: bool) -> Tensor:
     """Mask (B, B) of equal labels, after checking that the batch has the pairs that are needed."""
-    if y.dim() != 1 or len(y) != len(h):
+    same = y if _is_mask(y, len(h)) else _equal_labels(y, len(h))
+    n, equal = len(same), int(same.sum())
+    if equal == n * n:
         raise ValueError(
-            f"y must hold one label for each of the {len(h)} outputs, but has shape {tuple(y.shape)}."
-        )
-    same = y[:, None] == y[None, :]
-    equal = int(same.sum())
-    if equal == len(y) ** 2:
-        raise ValueError(
-            f"y: all {len(y)} labels of the batch are of one class, so it has no different-class "
+            f"y: all {n} labels of the batch are of one class, so it has no different-class "
             "pair; use larger or shuffled batches."
         )
-    if positives and equal == len(y):
+    if positives and equal == n:
         raise ValueError(
-            f"y: the {len(y)} labels of the batch are all different, so it has no same-class pair; "
+            f"y: the {n} labels of the batch are all different, so it has no same-class pair; "
             "use larger batches."
         )
     return same
+
+
+def _is_mask(y: Tensor, n: int) -> bool:
+    """Does y hold the answers for pairs in place of labels?"""
+    return y.dtype == torch.bool and y.shape == (n, n)
+
+
+def _equal_labels(y: Tensor, n: int) -> Tensor:
+    if y.dim() != 1 or len(y) != n:
+        raise ValueError(
+            f"y must hold one label for each of the {n} outputs, or a boolean matrix ({n}, {n}) of "
+            f"the pairs of the same class, but is {str(y.dtype)[6:]} of shape {tuple(y.shape)}."
+        )
+    return y[:, None] == y[None, :]
 
 
 def _cosine(a: Tensor, b: Tensor, weights: Tensor) -> Tensor:

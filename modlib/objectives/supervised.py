@@ -23,12 +23,16 @@ from modlib.objectives.objective import Objective
 class CrossEntropy(Objective):
     """Softmax cross-entropy (nats) of logits h (N, C) and labels y (N,): E2EBP's objective.
 
+    Raises:
+        ValueError: the labels do not fit the logits.
+
     >>> import torch
     >>> round(CrossEntropy()(torch.zeros(3, 4), torch.tensor([0, 1, 3])).exp().item(), 4)
     4.0
     """
 
     def forward(self, h: Tensor, y: Tensor) -> Tensor:
+        check_labels(y, *h.shape)
         return F.cross_entropy(h, y)
 
 

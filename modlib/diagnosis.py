@@ -1,0 +1,296 @@
+r"""Find what is wrong with a network from what each module shows by itself.
+
+Every module has an objective of its own, so it can be examined alone. Three questions, one number each:
+
+1. *Is a module worse than it need be?* Train a fresh copy of module k, alone, on the inputs that the
+   trained one receives, for a short while; its **shortfall** is
+
+   .. math:: s_k = L(h_k) - L(h_k^{\text{fresh}}),
+
+   its own objective minus the fresh copy's, both on images that neither was trained on. A healthy module
+   has had more training than the fresh one: :math:`s_k \le 0`.
+2. *Is a block dead?* The share of a layer's channels that give the same number for every image.
+3. *Are labels wrong?* For classes a and b, the share of the images labelled a that lie nearer to b's mean
+   than to that of their fellows (left out themselves), in features from a module that never saw these
+   labels: half of the images train a copy of the module, the other half are judged, and the other way
+   round. **Which** images they are is returned.
+
+Source: this book, chapter 9. Reading modules one by one is a claim of the survey (arXiv 2101.03419);
+judging labels by held-out predictions is the idea of confident learning (Northcutt, Jiang & Chuang
+2021, arXiv 1911.00068).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from modlib.data import Dataset, Loader, default_augment
+from modlib.extract import extract
+from modlib.few_labels import anchors
+from modlib.kernels import Kernel
+from modlib.methods.method import MakeOptimizer
+from modlib.network import ModularNetwork, evaluating
+from modlib.networks.seeding import redraw
+from modlib.objectives import ProxyLoss
+from modlib.pairs import fit_pairs, same_class
+
+_DEAD = 0.5  # share of constant channels from which a layer is called dead
+_SHORT = 0.1  # shortfall, over the larger gain, from which a module is called poor
+_NOTHING = 1e-3  # gain, over the untrained objective, below which a module cannot be judged
+_STRAY = 0.1  # share of a class from which its labels are called wrong
+
+
+@dataclass(frozen=True)
+class ModuleCheck:
+    """One hidden module, examined alone.
+
+    Attributes:
+        position: in the network, from 0.
+        objective: its own objective on held-out images.
+        fresh: that of a fresh copy after a short training alone, on the same inputs.
+        untrained: that of the fresh copy before.
+        dead: for each of its layers, the share of channels that are the same for every image.
+    """
+
+    position: int
+    objective: float
+    fresh: float
+    untrained: float
+    dead: dict[str, float]
+
+    @property
+    def shortfall(self) -> float:
+        """How much worse the module is than the fresh copy, over the larger of the two gains."""
+        gain = self.untrained - min(self.objective, self.fresh)
+        if gain <= _NOTHING * abs(self.untrained):  # nothing can be learned from these inputs
+            return 0.0
+        return (self.objective - self.fresh) / gain
+
+
+@dataclass(frozen=True)
+class LabelCheck:
+    """Whether the labels agree with what images look like.
+
+    Attributes:
+        looks_like: (C, C): of the images labelled a, the share nearest to class b's mean.
+        stray: (C, C): looks_like minus its transpose, both as shares of the mean class size: images
+            labelled a that look like b, beyond those labelled b that look like a. Natural confusion is
+            about as large both ways; wrong labels are not.
+        suspects: for the pair (a, b) of the largest stray, the training images concerned.
+    """
+
+    looks_like: Tensor
+    stray: Tensor
+    suspects: Tensor = field(repr=False)
+
+    @property
+    def pair(self) -> tuple[int, int]:
+        """(a, b): labelled a, look like b."""
+        worst = int(self.stray.argmax())
+        return worst // len(self.stray), worst % len(self.stray)
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """What was found. ``print`` it for a table; ``faults`` names what is wrong, worst first."""
+
+    modules: tuple[ModuleCheck, ...]
+    labels: LabelCheck
+    names: tuple[str, ...] = field(repr=False)  # of the classes
+
+    @property
+    def faults(self) -> tuple[str, ...]:
+        """Sentences; empty if nothing was found."""
+        found = [
+            f"module {check.position}, layer {layer}: {share:.0%} of its channels are dead"
+            for check in self.modules
+            for layer, share in check.dead.items()
+            if share >= _DEAD
+        ][:1]  # behind a dead layer all are
+        worst = max(self.modules, key=lambda check: check.shortfall)
+        if worst.shortfall >= _SHORT:
+            found.append(
+                f"module {worst.position}: a fresh copy, trained briefly on the same inputs, is better "
+                f"by {worst.shortfall:.0%} of what could be gained; train it again"
+            )
+        a, b = self.labels.pair
+        if float(self.labels.stray[a, b]) >= _STRAY:
+            found.append(
+                f"labels: {len(self.labels.suspects)} images labelled {self.names[a]!r} look like "
+                f"{self.names[b]!r}"
+            )
+        return tuple(found)
+
+    def __str__(self) -> str:
+        lines = ["module  objective  fresh copy  shortfall  dead (worst layer)"]
+        for check in self.modules:
+            layer = max(check.dead, key=lambda name: check.dead[name])
+            lines.append(
+                f"{check.position:6d}  {check.objective:9.4f}  {check.fresh:10.4f}  "
+                f"{check.shortfall:9.1%}  {check.dead[layer]:.0%} {layer}"
+            )
+        a, b = self.labels.pair
+        lines.append(
+            f"labels: {float(self.labels.stray[a, b]):.1%} of a class, labelled {self.names[a]!r}, "
+            f"look like {self.names[b]!r}"
+        )
+        return "\n".join(lines + [f"fault: {fault}" for fault in self.faults])
+
+
+def diagnose(
+    net: ModularNetwork,
+    data: Dataset,
+    objective: ProxyLoss,
+    *,
+    epochs: int = 2,
+    label_epochs: int = 10,
+    n: int = 2000,
+    optimizer: MakeOptimizer | None = None,
+    activation: Callable[[Tensor], Tensor] = torch.relu,
+    seed: int = 0,
+) -> Diagnosis:
+    """Examine every hidden module, its layers and the labels, each alone.
+
+    Args:
+        net: a trained network with an output module; any method may have trained it.
+        data: what it was trained on; the modules are compared on its test images.
+        objective: on pairs, what each hidden module is judged by.
+        epochs: of the short training of each fresh copy; fewer than the network has had.
+        label_epochs: of the two copies, each trained on half of the images, that judge the labels.
+        n: how many test images are looked at.
+        optimizer: for the fresh copies; SGD if None.
+        activation: what the next layer sees of a layer's output.
+        seed: of the fresh copies.
+
+    Raises:
+        ValueError: the network has no hidden module; and what ``modlib.fit_pairs`` raises.
+
+    >>> import modlib
+    >>> data = modlib.data.load("digits")
+    >>> net = modlib.partition(modlib.networks.mlp([64, 64, 32, 10], kernel="relu"), ["layer2", "features"])
+    >>> supcon = modlib.objectives.SupCon(kernel="relu")
+    >>> history = modlib.fit(net, modlib.methods.ProxyObjective(supcon), data, epochs=5, progress=False)
+    >>> with torch.no_grad():
+    ...     for weight in net[1].parameters():
+    ...         _ = weight.zero_()
+    >>> diagnose(net, data, supcon).faults[0]
+    'module 1, layer layer2: 100% of its channels are dead'
+    """
+    if len(net) < 2:
+        raise ValueError("net: it has one module, so there is no hidden one to examine; cut it.")
+    hidden = net[:-1]
+    device = next(net.parameters()).device
+    loader = Loader(data, "test", device=device, shuffle=False, drop_last=False)
+    x, y = loader.sample(min(n, loader.n))
+    train = partial(_trained, objective=objective, optimizer=optimizer, seed=seed, device=device)
+    checks = []
+    for k in range(len(hidden)):
+        trained = hidden[: k + 1]
+        fresh = _fresh(trained, [k], seed)
+        untrained = _value(fresh, x, y, objective)
+        train(fresh, [k], data, epochs)
+        ours, theirs = (_value(module, x, y, objective) for module in (trained, fresh))
+        checks.append(ModuleCheck(k, ours, theirs, untrained, _dead(hidden, k, x, activation)))
+    judges = partial(train, epochs=label_epochs)
+    labels = _check_labels(hidden, data, objective.kernel, judges, seed)
+    return Diagnosis(tuple(checks), labels, data.classes)
+
+
+def _fresh(modules: ModularNetwork, redrawn: Sequence[int], seed: int) -> ModularNetwork:
+    """A copy whose modules at these positions have new initial weights."""
+    new = copy.deepcopy(modules)
+    for k in redrawn:
+        redraw(new[k], seed)
+    return new
+
+
+def _trained(
+    modules: ModularNetwork,
+    positions: Sequence[int],
+    data: Dataset,
+    epochs: int,
+    *,
+    objective: ProxyLoss,
+    optimizer: MakeOptimizer | None,
+    seed: int,
+    device: torch.device,
+) -> ModularNetwork:
+    """Train these modules from the pairs of the training images."""
+    fit_pairs(
+        modules,
+        objective,
+        data.train_images,
+        same_class(data.train_labels),
+        modules=positions,
+        optimizer=optimizer,
+        mean=data.mean,
+        std=data.std,
+        epochs=epochs,
+        seed=seed,
+        device=device,
+        augment=default_augment(data) or None,
+        progress=False,
+    )
+    return modules
+
+
+def _value(module: nn.Module, x: Tensor, y: Tensor, objective: ProxyLoss) -> float:
+    with evaluating(module):
+        return float(objective(module(x), y))
+
+
+def _dead(
+    hidden: ModularNetwork, k: int, x: Tensor, activation: Callable[[Tensor], Tensor]
+) -> dict[str, float]:
+    """For each layer of module k, the share of channels that the next layer sees as one number."""
+    shares = {}
+    with evaluating(hidden):
+        h = hidden[:k](x)
+        for name, layer in zip(hidden.names[k], hidden[k], strict=True):
+            h = layer(h)
+            channels = activation(h).transpose(0, 1).flatten(1)
+            spread = channels.amax(1) - channels.amin(1)
+            shares[name] = float((spread <= 1e-6).float().mean())
+    return shares
+
+
+def _check_labels(
+    hidden: ModularNetwork,
+    data: Dataset,
+    kernel: Kernel,
+    train: Callable[..., ModularNetwork],
+    seed: int,
+) -> LabelCheck:
+    """Judge each half of the training images in features that were learned on the other half."""
+    order = np.random.default_rng(seed).permutation(len(data.train_labels))
+    halves = np.sort(order[::2]), np.sort(order[1::2])
+    seen = np.empty(len(order), np.int64)
+    for mine, others in (halves, halves[::-1]):
+        learned = train(
+            _fresh(hidden, range(len(hidden)), seed), range(len(hidden)), _part(data, others)
+        )
+        features, labels = extract(learned, _part(data, mine), "train", kernel=kernel)
+        seen[mine] = (features @ anchors(features, labels).T).argmax(1).cpu().numpy()
+    classes = len(data.classes)
+    counts = np.zeros((classes, classes))
+    np.add.at(counts, (data.train_labels, seen), 1)
+    looks_like = counts / counts.sum(1, keepdims=True)
+    np.fill_diagonal(counts, 0)
+    stray = (counts - counts.T) / (len(order) / classes)
+    a, b = np.unravel_index(stray.argmax(), stray.shape)
+    suspects = np.flatnonzero((data.train_labels == a) & (seen == b))
+    return LabelCheck(*map(torch.from_numpy, (looks_like, stray, suspects)))
+
+
+def _part(data: Dataset, index: np.ndarray[Any, np.dtype[np.int64]]) -> Dataset:
+    return replace(
+        data, train_images=data.train_images[index], train_labels=data.train_labels[index]
+    )

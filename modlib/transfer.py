@@ -1,0 +1,158 @@
+r"""Which trained module will serve a new task best? Scores that need one forward pass, no training.
+
+With a module's features :math:`\varphi(x_i)` of the target task's images and their labels
+:math:`y_i`:
+
+- ``score``: minus a proxy objective on the Gram matrix of the features. A module is good for a task
+  when it already does what it would be trained to do (Duan, Yu & Principe 2022, arXiv 2005.05541).
+- ``log_evidence`` (LogME): the evidence of a Bayesian linear regression of each one-hot label on the
+  features, its two precisions maximised (You et al. 2021, arXiv 2102.11005, algorithm 1).
+- ``leep``: :math:`\frac1n \sum_i \log \sum_z P(y_i \mid z)\, \theta(x_i)_z` with the probabilities
+  :math:`\theta` that the module's own source head gives (Nguyen et al. 2020, arXiv 2002.12462).
+- ``negative_conditional_entropy`` (NCE): :math:`-H(Y \mid Z)`, Z the source head's answer (Tran,
+  Nguyen & Hassner 2019, arXiv 1908.08142).
+
+Of all, higher is better. All numbers are in nats, but for ``score``, which is in the objective's
+units.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from modlib.data import Dataset
+from modlib.data.loader import Split
+from modlib.extract import extract
+from modlib.objectives import CentredAlignment, Objective
+from modlib.objectives.supervised import check_labels
+
+
+def score(
+    module: nn.Module,
+    data: Dataset,
+    objective: Objective | None = None,
+    *,
+    split: Split = "train",
+    n: int | None = 2000,
+) -> float:
+    """How well a trained hidden module will serve a task: minus a proxy objective, by one forward pass.
+
+    Args:
+        module: the hidden modules, ``net[:-1]``.
+        data: the target task; its class names need not be those the module was trained on.
+        objective: on pairs; ``CentredAlignment("relu-pool")`` if None, whose score is in [-1, 1].
+        split: the labels of the training images are what one has.
+        n: look at the first n images (their pairs are n² numbers); None for all.
+
+    Raises:
+        ValueError: the images have one class only; n is out of range.
+
+    >>> import modlib
+    >>> net = modlib.partition(modlib.networks.mlp([64, 32, 10], kernel="relu", seed=0), ["features"])
+    >>> task = modlib.data.load("digits", classes=["3", "8"])
+    >>> aligned = modlib.objectives.CentredAlignment("relu")
+    >>> before = score(net[:-1], task, aligned, n=None)
+    >>> method = modlib.methods.ProxyObjective(modlib.objectives.SupCon(kernel="relu"))
+    >>> history = modlib.fit(net, method, modlib.data.load("digits"), epochs=3, progress=False)
+    >>> score(net[:-1], task, aligned, n=None) > before
+    True
+    """
+    count = None if n is None else min(n, len(getattr(data, f"{split}_labels")))
+    outputs, labels = extract(module, data, split, n=count)
+    return -float((objective or CentredAlignment("relu-pool"))(outputs, labels))
+
+
+def log_evidence(features: Tensor, labels: Tensor, steps: int = 100) -> float:
+    """LogME: mean over classes of the log evidence per example of a Bayesian linear regression.
+
+    Args:
+        features: (n, D).
+        labels: (n,).
+        steps: at most so many updates of the two precisions; they stop when nothing changes.
+
+    Raises:
+        ValueError: shapes do not agree, or there are fewer than two examples.
+
+    >>> labels = torch.arange(100) % 2
+    >>> noise = torch.randn(100, 5, generator=torch.Generator().manual_seed(0))
+    >>> log_evidence(noise + labels[:, None], labels) > log_evidence(noise, labels)
+    True
+    """
+    _check(features, labels)
+    classes = int(labels.max()) + 1
+    left, singular, _ = torch.linalg.svd(features.double(), full_matrices=False)
+    targets = torch.nn.functional.one_hot(labels, classes).double()
+    total = sum(_evidence(left, singular, targets[:, c], steps) for c in range(classes))
+    return total / classes
+
+
+def _evidence(left: Tensor, singular: Tensor, target: Tensor, steps: int) -> float:
+    """Maximise over the precisions of the weights (alpha) and of the noise (beta)."""
+    n, squares = len(target), singular.square()
+    along = (left.T @ target).square()  # of the target, along each singular direction
+    rest = (target @ target - along.sum()).clamp_min(0)
+    alpha, beta, value = 1.0, 1.0, -math.inf
+    for _ in range(steps):
+        gain = beta * squares / (alpha + beta * squares)
+        weights = float((gain.square() * along / squares.clamp_min(1e-300)).sum())
+        residual = float(((1 - gain).square() * along).sum() + rest)
+        effective = float(gain.sum())
+        new = 0.5 * (
+            n * math.log(beta / (2 * math.pi))
+            + float((alpha / (alpha + beta * squares)).log().sum())
+            - beta * residual
+            - alpha * weights
+        )
+        if abs(new - value) <= 1e-10 * n:
+            break
+        value = new
+        alpha = effective / max(weights, 1e-12)
+        beta = (n - effective) / max(residual, 1e-12)
+    return value / n
+
+
+def leep(probabilities: Tensor, labels: Tensor) -> float:
+    """Mean log likelihood of labels when source answers are translated one by one.
+
+    Args:
+        probabilities: (n, Z) of the source head's classes, for the target's images.
+        labels: (n,) of the target task.
+
+    Raises:
+        ValueError: shapes do not agree, or rows are no probabilities.
+
+    >>> sure = torch.eye(2)[[0, 0, 1, 1]]
+    >>> leep(sure, torch.tensor([1, 1, 0, 0]))
+    0.0
+    """
+    _check(probabilities, labels)
+    theta = probabilities.double()
+    if bool((theta < 0).any()) or float((theta.sum(1) - 1).abs().max()) > 1e-3:
+        raise ValueError("probabilities: rows must be nonnegative and sum to 1; take a softmax.")
+    targets = torch.nn.functional.one_hot(labels).double()
+    joint = targets.T @ theta / len(labels)  # P(y, z)
+    conditional = joint / joint.sum(0).clamp_min(1e-300)
+    likelihood = (theta @ conditional.T).gather(1, labels[:, None])
+    return float(likelihood.clamp_min(1e-300).log().mean()) + 0.0
+
+
+def negative_conditional_entropy(answers: Tensor, labels: Tensor) -> float:
+    """-H(Y | Z), in nats, of target labels given the source head's answers, both (n,).
+
+    >>> negative_conditional_entropy(torch.tensor([3, 3, 5]), torch.tensor([0, 0, 1]))
+    0.0
+    """
+    check_labels(labels, len(answers), int(labels.max()) + 1)
+    one_hot = torch.nn.functional.one_hot
+    joint = one_hot(labels).double().T @ one_hot(answers).double() / len(labels)
+    conditional = joint / joint.sum(0).clamp_min(1e-300)
+    return float(torch.xlogy(joint, conditional).sum()) + 0.0
+
+
+def _check(rows: Tensor, labels: Tensor) -> None:
+    if rows.dim() != 2 or len(rows) < 2:
+        raise ValueError(f"features: give at least two rows (n, D), not shape {tuple(rows.shape)}.")
+    check_labels(labels, len(rows), int(labels.max()) + 1)

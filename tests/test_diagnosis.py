@@ -1,0 +1,74 @@
+"""Networks broken on purpose: the fault is named, and a sound network has none."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+import modlib
+from modlib.data import Dataset
+from modlib.diagnosis import diagnose
+from modlib.methods import sgd
+
+SUPCON = modlib.objectives.SupCon(0.07, "relu-pool")
+
+
+@pytest.fixture(scope="module")
+def images() -> Dataset:
+    return modlib.data.load("digits", size=32)
+
+
+def trained(data: Dataset, rates: tuple[float, float, float, float]) -> modlib.ModularNetwork:
+    net = modlib.networks.cnn((8, 16, 32), seed=0)
+    modules = modlib.partition(net, ["conv3", "conv5", "features"])
+    method = modlib.methods.ProxyObjective(SUPCON, optimizer=[sgd(rate) for rate in rates])
+    modlib.fit(modules, method, data, epochs=6, progress=False)
+    return modules
+
+
+GOOD = (0.1, 0.1, 0.1, 1.0)
+
+
+def test_a_sound_network_has_no_fault(images: Dataset) -> None:
+    assert diagnose(trained(images, GOOD), images, SUPCON).faults == ()
+
+
+@pytest.mark.parametrize("broken", [1, 2])
+def test_a_bad_learning_rate_is_found(broken: int, images: Dataset) -> None:
+    rates = [*GOOD]
+    rates[broken] = 1e-6
+    (fault,) = diagnose(trained(images, tuple(rates)), images, SUPCON).faults  # type: ignore[arg-type]
+    assert fault.startswith(f"module {broken}: a fresh copy")
+
+
+def test_a_dead_block_is_found(images: Dataset) -> None:
+    net = trained(images, GOOD)
+    with torch.no_grad():
+        net[1].conv4[-1].bias.fill_(-20)  # type: ignore[index, union-attr]
+    faults = diagnose(net, images, SUPCON, label_epochs=6).faults
+    assert faults[0] == "module 1, layer conv4: 100% of its channels are dead"
+    assert not any("module 0" in fault or "module 2" in fault for fault in faults)
+
+
+def test_wrong_labels_are_found(images: Dataset) -> None:
+    labels = images.train_labels.copy()
+    threes = np.flatnonzero(labels == 3)
+    wrong = np.random.default_rng(0).permutation(threes)[: int(0.4 * len(threes))]
+    labels[wrong] = 5
+    data = replace(images, train_labels=labels)
+    found = diagnose(trained(data, GOOD), data, SUPCON)
+    assert found.labels.pair == (5, 3)
+    assert any("labelled '5' look like '3'" in fault for fault in found.faults)
+    suspects = set(found.labels.suspects.tolist())
+    assert len(suspects & set(wrong.tolist())) > 0.7 * len(wrong)  # recall
+    assert len(suspects & set(wrong.tolist())) > 0.7 * len(suspects)  # precision
+    assert "fault: labels" in str(found)
+
+
+def test_a_network_without_hidden_modules_is_refused(images: Dataset) -> None:
+    net = modlib.partition(modlib.networks.cnn((8,), seed=0), modules=1)
+    with pytest.raises(ValueError, match="no hidden one to examine"):
+        diagnose(net, images, SUPCON)

@@ -1,0 +1,96 @@
+"""Modules on a shelf: what is loaded is what was saved, or is refused with a reason."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import modlib
+from modlib import zoo
+
+
+def block(stride: int = 1, activation: type[nn.Module] = nn.ReLU, width: int = 4) -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, width, 3, stride, 1),
+        nn.BatchNorm2d(width),
+        activation(),
+        nn.AdaptiveAvgPool2d(2),
+    )
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> tuple[Path, nn.Sequential]:
+    module = block()
+    module(torch.randn(8, 3, 8, 8))  # running statistics
+    with torch.no_grad():
+        module[0].weight.mul_(1.5)
+    path = tmp_path / "block.pt"
+    zoo.save(module, path, name="block", input_shape=[3, 8, 8], behind="abc", task="none")
+    return path, module
+
+
+def test_a_module_comes_back_exactly(saved: tuple[Path, nn.Sequential]) -> None:
+    path, module = saved
+    fresh = block()
+    card = zoo.load(path, fresh, behind="abc")
+    assert card == zoo.card(path)
+    assert (card.name, card.input_shape, card.output_shape) == ("block", (3, 8, 8), (4, 2, 2))
+    assert card.notes == {"task": "none"}
+    for a, b in zip(module.state_dict().values(), fresh.state_dict().values(), strict=True):
+        assert torch.equal(a, b)
+    assert zoo.fingerprint(fresh, "abc") == card.fingerprint != zoo.fingerprint(fresh, "abd")
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        (lambda: block(stride=2), "computes something else"),
+        (lambda: block(activation=nn.Tanh), "computes something else"),
+        (lambda: block(width=5), "do not fit"),
+        (lambda: nn.Linear(3, 3), "do not fit"),
+    ],
+)
+def test_the_wrong_module_is_refused_and_left_alone(
+    other: object, message: str, saved: tuple[Path, nn.Sequential]
+) -> None:
+    module = other()  # type: ignore[operator]
+    before = {k: v.clone() for k, v in module.state_dict().items()}
+    with pytest.raises(ValueError, match=message):
+        zoo.load(saved[0], module)
+    assert all(torch.equal(before[k], v) for k, v in module.state_dict().items())
+
+
+def test_files_are_checked(saved: tuple[Path, nn.Sequential], tmp_path: Path) -> None:
+    path, module = saved
+    with pytest.raises(ValueError, match=r"block\.pt exists"):
+        zoo.save(module, path, name="again", input_shape=[3, 8, 8])
+    with pytest.raises(ValueError, match="trained behind modules with fingerprint 'abc'"):
+        zoo.load(path, block(), behind="other")
+    with pytest.raises(ValueError, match="there is no file"):
+        zoo.load(tmp_path / "none.pt", block())
+    content = path.read_bytes()
+    damaged = tmp_path / "damaged.pt"
+    damaged.write_bytes(content[: len(content) // 2])
+    with pytest.raises(ValueError, match="damaged or holds no module"):
+        zoo.load(damaged, block())
+    with pytest.raises(ValueError, match="does not run on inputs of shape"):
+        zoo.save(module, tmp_path / "new.pt", name="new", input_shape=[1, 8, 8])
+    assert not (tmp_path / "new.pt").exists()
+
+
+def test_exchange_checks_shapes() -> None:
+    net = modlib.partition(modlib.networks.mlp([64, 32, 16, 10]), modules=3)
+    x = torch.zeros(2, 64)
+    for k, module, message in (
+        (1, nn.Linear(32, 8), r"gives \(8,\) where module 1 gave \(16,\)"),
+        (1, nn.Linear(31, 16), "the new module 1 does not run"),
+        (5, nn.Linear(1, 1), "no such module among 3"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            modlib.zoo.exchange(net, k, module, x)
+    mixed = modlib.zoo.exchange(net, -1, nn.Linear(16, 3), x)
+    assert mixed(x).shape == (2, 3) and net(x).shape == (2, 10)
