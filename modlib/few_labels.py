@@ -55,12 +55,12 @@ def anchor_bound(anchors: Tensor, features: Tensor, labels: Tensor) -> AnchorBou
     """The bounds of this file for given anchors, and the error that they bound.
 
     Args:
-        anchors: unit vectors (C, D), one a class.
+        anchors: (C, D) of norm at most 1, one a class.
         features: (n, D) of norm at most 1.
         labels: (n,) in 0..C-1.
 
     Raises:
-        ValueError: shapes do not agree, an anchor is no unit vector, a feature is longer than 1.
+        ValueError: shapes do not agree, or a norm is above 1.
 
     >>> import torch
     >>> anchors = torch.eye(2)
@@ -230,9 +230,8 @@ def _check(anchors: Tensor, features: Tensor, labels: Tensor) -> None:
             "give (C, D) and (n, D)."
         )
     check_labels(labels, len(features), len(anchors))
-    if float((anchors.norm(dim=1) - 1).abs().max()) > 1e-4:
-        raise ValueError("anchors: their norms are not 1; normalise them.")
-    if float(features.norm(dim=1).max()) > 1 + 1e-4:
-        raise ValueError(
-            "features: a norm is above 1; take unit features, as extract(kernel=...) does."
-        )
+    for name, vectors in (("anchors", anchors), ("features", features)):
+        if float(vectors.norm(dim=1).max()) > 1 + 1e-4:
+            raise ValueError(
+                f"{name}: a norm is above 1; take unit vectors, as extract(kernel=...) gives."
+            )

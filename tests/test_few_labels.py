@@ -113,7 +113,7 @@ def test_anchors_are_directions_of_means() -> None:
 
 def test_bad_input_is_refused() -> None:
     unit, labels = torch.eye(2), torch.tensor([0, 1])
-    with pytest.raises(ValueError, match="anchors: their norms are not 1"):
+    with pytest.raises(ValueError, match="anchors: a norm is above 1"):
         anchor_bound(2 * unit, unit, labels)
     with pytest.raises(ValueError, match="features: a norm is above 1"):
         anchor_bound(unit, 2 * unit, labels)

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from modlib.experiments import run
+from modlib.experiments import run, transfer
 from modlib.experiments.certify import certify
+from modlib.experiments.few_labels import few_labels
 from modlib.experiments.recipes import RATES, RECIPES, TUNED
 from modlib.experiments.tune import ADAM_LADDER, LADDER, search
 
@@ -63,3 +64,35 @@ def test_a_record_is_completed_from_the_networks_that_the_run_kept(tmp_path: Pat
 def test_a_record_without_its_run_cannot_be_completed(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="run the recipe first"):
         certify("cifar10-e2ebp", results=tmp_path, runs=tmp_path)
+
+
+def test_few_labels_are_measured_on_the_networks_that_a_run_kept(tmp_path: Path) -> None:
+    where = {"results": tmp_path / "results", "runs": tmp_path / "runs"}
+    run("mnist-cnn-supcon", progress=False, **where)
+    record = few_labels("mnist-cnn-supcon", **where)
+    (checkpoint,) = record["checkpoints"]
+    assert checkpoint["epoch"] == 1 and record["sizes"] == [1, 2, 5, 10]
+    ones = checkpoint["anchors"]["1"]
+    assert len(ones) == len(set(ones)) == len(checkpoint["counted"]) == 10
+    for accuracy, bound in zip(ones, checkpoint["counted"], strict=True):
+        assert 1 - accuracy <= bound + 1e-9  # the same draws
+    saved = tmp_path / "results" / "few-labels" / "mnist-cnn-supcon-smoke-seed0.json"
+    assert json.loads(saved.read_text()) == json.loads(json.dumps(record))
+
+
+def test_few_labels_need_a_run(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="first: modlib run mnist-cnn-supcon"):
+        few_labels("mnist-cnn-supcon", results=tmp_path, runs=tmp_path)
+
+
+def test_transfer_goes_on_from_the_modules_it_kept(tmp_path: Path) -> None:
+    where = {"results": tmp_path / "results", "runs": tmp_path / "runs"}
+    first = transfer.run(**where)
+    kept = sorted((tmp_path / "runs").rglob("*.pt"))
+    times = [path.stat().st_mtime_ns for path in kept]
+    again = transfer.run(**where)
+    assert len(kept) == len(first["tasks"]) == 3
+    assert [path.stat().st_mtime_ns for path in kept] == times
+    assert first["matrices"] == again["matrices"]
+    for name, matrix in first["matrices"].items():
+        assert len(matrix) == 3 and all(len(row) == 3 for row in matrix), name

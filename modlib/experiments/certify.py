@@ -63,7 +63,7 @@ def certify(
     x, _ = Loader(data, batch_size=settings.batch_size).sample(settings.batch_size)
     net = RECIPES[recipe].network(settings, data, seed, x)
     record["pairs"] = [
-        {**_place(row), **pairs(state, data)} for row, state in _epochs(net, record, folder)
+        {**_place(row), **pairs(state, data)} for row, state in epochs(net, record, folder)
     ]
     gap = optimality_gap(net, data)
     record["certificate"] = {
@@ -80,7 +80,7 @@ def certify(
     if every_epoch:
         record["input_gap"] = [
             {**_place(row), **_input_gap(state, data, gap.head_norm)}
-            for row, state in _epochs(net, record, folder)
+            for row, state in epochs(net, record, folder)
         ]
     write(record, target)
     return record
@@ -94,7 +94,7 @@ def pairs(net: ModularNetwork, data: Dataset, n: int = 2000) -> dict[str, float]
         net: ends in a feature map and a head.
         data: its first n test images are compared.
     """
-    features, y = extract(_body(net), data, "test", n=min(n, len(data.test_labels)))
+    features, y = extract(body(net), data, "test", n=min(n, len(data.test_labels)))
     gram = features @ features.T
     same = y[:, None] == y[None, :]
     off = ~torch.eye(len(y), dtype=torch.bool)
@@ -106,7 +106,7 @@ def pairs(net: ModularNetwork, data: Dataset, n: int = 2000) -> dict[str, float]
 
 
 def _input_gap(net: ModularNetwork, data: Dataset, head_norm: float) -> dict[str, float]:
-    features, y = extract(_body(net), data, "train")
+    features, y = extract(body(net), data, "train")
     floor = next(m.floor for m in net.modules() if isinstance(m, FeatureMap))
     shares = (torch.bincount(y) / len(y)).tolist()
     head = best_head(features, y, head_norm=head_norm, tolerance=1e-5)
@@ -114,7 +114,7 @@ def _input_gap(net: ModularNetwork, data: Dataset, head_norm: float) -> dict[str
     return {"best_head": head.risk, "bound": bound, "duality_gap": head.duality_gap}
 
 
-def _body(net: ModularNetwork) -> nn.Sequential:
+def body(net: ModularNetwork) -> nn.Sequential:
     """The network without its head, up to and with its feature map."""
     layers = [layer for module in net for layer in module]
     if not isinstance(layers[-2], FeatureMap):
@@ -124,7 +124,7 @@ def _body(net: ModularNetwork) -> nn.Sequential:
     return nn.Sequential(*layers[:-1])
 
 
-def _epochs(net: ModularNetwork, record: Record, folder: Path) -> Iterator[Epoch]:
+def epochs(net: ModularNetwork, record: Record, folder: Path) -> Iterator[Epoch]:
     """The network after every epoch; after the last one it is the final network."""
     for row in record["history"]:
         path = folder / f"stage{row['stage']}-epoch{row['epoch']}.pt"

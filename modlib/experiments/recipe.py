@@ -59,6 +59,12 @@ CIFAR10 = {
     "cpu": Profile("cifar10", (24, 48, 96), 8, 8),
     "gpu": Profile("cifar10", (64, 128, 256), 60, 20, stride=1),
 }
+CIFAR10_LONG = {**CIFAR10, "cpu": replace(CIFAR10["cpu"], epochs=32)}
+MNIST_CNN = {  # the convolutional network, on digits of 28 × 28
+    "smoke": _SMOKE,
+    "cpu": replace(CIFAR10["cpu"], data="mnist"),
+    "gpu": replace(CIFAR10["gpu"], data="mnist"),
+}
 MNIST = {
     "smoke": Profile("digits", (32, 32, 32), 1, n_train=512, n_test=256, channels_last=False),
     "cpu": Profile("mnist", (240,) * 5, 10, channels_last=False),

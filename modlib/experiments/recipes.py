@@ -10,7 +10,9 @@ import torch
 
 from modlib import methods, objectives
 from modlib.experiments.recipe import (
+    CIFAR10_LONG,
     MNIST,
+    MNIST_CNN,
     MNIST_HSIC,
     RESNET,
     VGG8B,
@@ -52,13 +54,15 @@ def _mnist_norm(name: str, lr: float, method: Callable[[], Method]) -> Recipe:
     return Recipe(name, 0, method, {"lr": lr}, MNIST_HSIC, norm_mlp)
 
 
-def _proxy(name: str, objective: Callable[[], Objective], lr: float, *cut: str) -> Recipe:
+def _proxy(
+    name: str, objective: Callable[[], Objective], lr: float, *cut: str, **options: Any
+) -> Recipe:
     def method() -> Method:
         optimizers = [*[sgd(lr)] * (len(cut) + 1), sgd(OUTPUT_LR, weight_decay=0.0)]
         return ProxyObjective(objective(), optimizer=optimizers, cache_features=True, views=2)
 
     note = {"lr": lr, "output_lr": OUTPUT_LR, "objective": repr(objective()), "views": 2}
-    return Recipe(name, (*cut, "features"), method, note, output_apart=True)
+    return Recipe(name, (*cut, "features"), method, note, output_apart=True, **options)
 
 
 # Weights of (reconstruction, labels) of the first and the last hidden module, by number of modules: those
@@ -216,6 +220,10 @@ RECIPES: dict[str, Recipe] = {
             if (key, modules) != ("dgl", 3)  # that is cifar10-dgl
         ),
         _proxy("cifar10-proxy3-supcon", _PROXIES["supcon"], _SUPCON, "conv5"),
+        _proxy("cifar10-long-supcon", _PROXIES["supcon"], _SUPCON, profiles=CIFAR10_LONG),
+        _e2ebp("cifar10-long-e2ebp", RATES["cifar10-e2ebp"], profiles=CIFAR10_LONG),
+        _proxy("mnist-cnn-supcon", _PROXIES["supcon"], _SUPCON, profiles=MNIST_CNN),
+        _e2ebp("mnist-cnn-e2ebp", RATES["cifar10-e2ebp"], profiles=MNIST_CNN),
         *PAPERS,
         _mnist_norm("mnist-hsic", 0.1, methods.hsic_bottleneck),
         _mnist_norm("mnist-norm-e2ebp", 0.1, partial(E2EBP, optimizer=sgd(0.1))),
