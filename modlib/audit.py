@@ -38,7 +38,7 @@ class StageAudit:
     Attributes:
         events: in the order in which they happened.
         updated: modules whose parameters changed.
-        saved_bytes: the peak of what autograd held, parameters excluded.
+        saved_bytes: the peak of what autograd held, parameters and buffers excluded.
         forward_bytes: for each boundary k, bytes of module k's output that module k + 1 took in.
         backward_bytes: for each boundary, bytes of gradient that came back through it. Targets that
             a method sends down by other means are not counted: ``told`` shows them.
@@ -127,7 +127,7 @@ class Audit:
 
     @property
     def peak_saved_bytes(self) -> int:
-        """The most that autograd holds in any step, parameters excluded."""
+        """The most that autograd holds in any step, parameters and buffers excluded."""
         return max(stage.saved_bytes for stage in self.stages)
 
     @property

@@ -138,7 +138,9 @@ def _compare(options: argparse.Namespace) -> None:
             f"{row['method']:<16}{row['category']:<16}{row['test_accuracy']:>13.1%}"
             f"{row['wall_s']:>7.1f} s{row['peak_saved_bytes'] / 2**20:>10.2f} MiB"
         )
-    print("\nPeak memory: what autograd holds in one training step, parameters excluded.")
+    print(
+        "\nPeak memory: what autograd holds in one training step, parameters and buffers excluded."
+    )
 
 
 _RUN = """\

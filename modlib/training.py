@@ -119,8 +119,8 @@ def fit(
         checkpoint: a file that holds the run's state after every epoch.
         resume: go on from the checkpoint, if there is one.
         progress: show a progress bar.
-        after_epoch: called with the network and the epoch's row, to which it may add measurements
-            (plain Python numbers, so that a checkpoint can hold them).
+        after_epoch: called with the network, in eval mode, and the epoch's row, to which it may add
+            measurements (plain Python numbers, so that a checkpoint can hold them).
 
     Returns:
         The history; the network is trained in place and left in eval mode.
@@ -249,6 +249,7 @@ class _Run:
         if self.stages[stage].complete:
             row["test_accuracy"] = evaluate(self.net, data).accuracy
         if after_epoch is not None:
+            self.net.eval()  # what watches must not change batch norm's statistics
             after_epoch(self.net, row)
         self.history.rows.append(row)
         self.history.seconds.append(seconds)

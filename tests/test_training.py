@@ -293,6 +293,19 @@ def test_history_has_a_row_for_every_epoch_of_every_stage(digits: Dataset) -> No
     assert not any(module.training for module in net.modules())
 
 
+def test_watching_a_network_does_not_change_its_training(digits: Dataset) -> None:
+    """Batch norm's statistics would move if what watches found the network in training mode."""
+    nets = [partition(networks.mlp([64, 16, 10], norm=True, seed=0), 2) for _ in range(2)]
+    x = torch.randn(8, 64)
+
+    def look(net: nn.Module, row: dict[str, Any]) -> None:
+        net(x)
+
+    for net, watch in zip(nets, (None, look), strict=True):
+        quiet_fit(net, LocalLearning(), digits, epochs=2, after_epoch=watch)
+    assert states_equal(*nets)
+
+
 def test_measurements_can_be_added_to_a_row(digits: Dataset, tmp_path: Path) -> None:
     def measure(net: nn.Module, row: dict[str, Any]) -> None:
         row["weights"] = sum(p.numel() for p in net.parameters())
