@@ -94,13 +94,21 @@ LOCAL: dict[str, Callable[[MakeOptimizer, int], Method]] = {
         *_INFOPRO[k], form="contrast", optimizer=make
     ),
 }
-ADAM = {"pred", "sim", "predsim"}  # trained by Adam, as published; all others by SGD
+# The same objectives in the other order: all modules in each step, or one after another.
+OTHER_ORDER: dict[str, Callable[[MakeOptimizer, int], Method]] = {
+    "greedy-1-together": lambda make, _: methods.decoupled_greedy("greedy-1", optimizer=make),
+    "predsim-in-turn": lambda make, _: methods.local_error_signals(
+        "predsim", in_turn=True, optimizer=make
+    ),
+}
+ADAM = {"pred", "sim", "predsim", "predsim-in-turn"}  # as published; all others by SGD
 
 
 def _locally(key: str, modules: int, lr: float) -> Recipe:
     make = partial(torch.optim.Adam, lr=lr) if key in ADAM else sgd(lr)
     note = {"lr": lr, "objective": key}
-    return Recipe(f"cifar10-{key}-k{modules}", modules, partial(LOCAL[key], make, modules), note)
+    method = {**LOCAL, **OTHER_ORDER}[key]
+    return Recipe(f"cifar10-{key}-k{modules}", modules, partial(method, make, modules), note)
 
 
 def _vgg8b(name: str, method: Method, modules: int) -> Recipe:
@@ -219,6 +227,8 @@ RECIPES: dict[str, Recipe] = {
             for modules in (2, 3, 6)
             if (key, modules) != ("dgl", 3)  # that is cifar10-dgl
         ),
+        _locally("greedy-1-together", 3, RATES["cifar10-greedy-1-k3"]),
+        _locally("predsim-in-turn", 3, RATES["cifar10-predsim-k3"]),
         _proxy("cifar10-proxy3-supcon", _PROXIES["supcon"], _SUPCON, "conv5"),
         _proxy("cifar10-long-supcon", _PROXIES["supcon"], _SUPCON, profiles=CIFAR10_LONG),
         _e2ebp("cifar10-long-e2ebp", RATES["cifar10-e2ebp"], profiles=CIFAR10_LONG),

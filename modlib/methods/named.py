@@ -72,7 +72,11 @@ def decoupled_greedy(network: str = "mlp-sr", *, optimizer: Optimizers = None) -
 
 
 def local_error_signals(
-    loss: str = "predsim", *, beta: float = 0.99, optimizer: Optimizers = None
+    loss: str = "predsim",
+    *,
+    beta: float = 0.99,
+    in_turn: bool = False,
+    optimizer: Optimizers = None,
 ) -> LocalLearning:
     """Local error signals: a local classifier, similarity matching, or both, for every module.
 
@@ -89,6 +93,7 @@ def local_error_signals(
     Args:
         loss: "pred", "sim" or "predsim".
         beta: weight of the similarities in "predsim".
+        in_turn: one module after another, where the paper trains all in each step.
         optimizer: as in ``LocalLearning``; Adam at rate 5e-4 if None.
 
     Raises:
@@ -107,7 +112,7 @@ def local_error_signals(
     if loss not in objectives:
         raise ValueError(f"loss={loss!r} is unknown; choose from {', '.join(objectives)}.")
     adam = partial(torch.optim.Adam, lr=5e-4)
-    return LocalLearning(objectives[loss], optimizer=optimizer or adam)
+    return LocalLearning(objectives[loss], in_turn=in_turn, optimizer=optimizer or adam)
 
 
 def mono_forward(*, optimizer: Optimizers = None) -> LocalLearning:
