@@ -81,7 +81,8 @@ def anchor_bound(anchors: Tensor, features: Tensor, labels: Tensor) -> AnchorBou
     means = torch.zeros_like(shares).index_add_(0, labels, own) / (shares * len(labels)).clamp_min(
         1
     )
-    markov = ((1 - means) / (1 - threshold).clamp_min(1e-12)).clamp(0, 1)
+    room = 1 - threshold  # none where two anchors coincide: then nothing is known
+    markov = torch.where(room > _SLACK, ((1 - means + _SLACK) / room).clamp(0, 1), 1.0)
     return AnchorBound(
         float((others >= own).double().mean()),
         float((own <= threshold[labels] + _SLACK).double().mean()),
