@@ -23,6 +23,7 @@ judging labels by held-out predictions is the idea of confident learning (Northc
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -31,7 +32,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
+from modlib.certificates import best_head
 from modlib.data import Dataset, Loader, default_augment
 from modlib.extract import extract
 from modlib.few_labels import anchors
@@ -44,18 +47,20 @@ from modlib.pairs import fit_pairs, same_class
 
 _DEAD = 0.5  # share of constant channels from which a layer is called dead
 _SHORT = 0.1  # shortfall, over the larger gain, from which a module is called poor
+_PENALTY = 1e-3  # of the best head's squared norm, against overfitting
 _NOTHING = 1e-3  # gain, over the untrained objective, below which a module cannot be judged
 _STRAY = 0.1  # share of a class from which its labels are called wrong
 
 
 @dataclass(frozen=True)
 class ModuleCheck:
-    """One hidden module, examined alone.
+    """One module, examined alone.
 
     Attributes:
         position: in the network, from 0.
-        objective: its own objective on held-out images.
-        fresh: that of a fresh copy after a short training alone, on the same inputs.
+        objective: its own objective on the test images; the last module's is its cross-entropy.
+        fresh: that of a fresh copy after a short training alone, on the same inputs; for the last module
+            that of the best linear head on its features.
         untrained: that of the fresh copy before.
         dead: for each of its layers, the share of channels that are the same for every image.
     """
@@ -80,14 +85,14 @@ class LabelCheck:
     """Whether the labels agree with what images look like.
 
     Attributes:
-        looks_like: (C, C): of the images labelled a, the share nearest to class b's mean.
-        stray: (C, C): looks_like minus its transpose, both as shares of the mean class size: images
-            labelled a that look like b, beyond those labelled b that look like a. Natural confusion is
-            about as large both ways; wrong labels are not.
+        counts: (C, C): how many images labelled a are nearest to class b's mean.
+        stray: (C, C): counts minus its transpose, over the mean size of a class: images labelled a that
+            look like b, beyond those labelled b that look like a. Natural confusion is about as large
+            both ways; labels that are wrong in one direction are not.
         suspects: for the pair (a, b) of the largest stray, the training images concerned.
     """
 
-    looks_like: Tensor
+    counts: Tensor
     stray: Tensor
     suspects: Tensor = field(repr=False)
 
@@ -115,33 +120,34 @@ class Diagnosis:
             for layer, share in check.dead.items()
             if share >= _DEAD
         ][:1]  # behind a dead layer all are
-        worst = max(self.modules, key=lambda check: check.shortfall)
-        if worst.shortfall >= _SHORT:
-            found.append(
-                f"module {worst.position}: a fresh copy, trained briefly on the same inputs, is better "
-                f"by {worst.shortfall:.0%} of what could be gained; train it again"
-            )
-        a, b = self.labels.pair
-        if float(self.labels.stray[a, b]) >= _STRAY:
-            found.append(
-                f"labels: {len(self.labels.suspects)} images labelled {self.names[a]!r} look like "
-                f"{self.names[b]!r}"
-            )
+        poor = [check for check in self.modules if check.shortfall >= _SHORT]
+        found += [
+            f"module {check.position}: a fresh copy, trained on the same inputs, is better by "
+            f"{check.shortfall:.0%} of what could be gained; train it again"
+            for check in poor
+            if check is not self.modules[-1]
+            or len(poor) == 1  # a head is trained last: repair the others first
+        ]
+        if float(self.labels.stray[self.labels.pair]) >= _STRAY:
+            found.append(self._labels())
         return tuple(found)
+
+    def _labels(self) -> str:
+        a, b = self.labels.pair
+        return (
+            f"labels: {self.labels.counts[a, b]:.0f} images labelled {self.names[a]!r} look like "
+            f"{self.names[b]!r}, {self.labels.counts[b, a]:.0f} the other way round"
+        )
 
     def __str__(self) -> str:
         lines = ["module  objective  fresh copy  shortfall  dead (worst layer)"]
         for check in self.modules:
-            layer = max(check.dead, key=lambda name: check.dead[name])
+            layer = max(check.dead, key=lambda name: check.dead[name], default="-")
             lines.append(
                 f"{check.position:6d}  {check.objective:9.4f}  {check.fresh:10.4f}  "
-                f"{check.shortfall:9.1%}  {check.dead[layer]:.0%} {layer}"
+                f"{check.shortfall:9.1%}  {check.dead.get(layer, 0.0):.0%} {layer}"
             )
-        a, b = self.labels.pair
-        lines.append(
-            f"labels: {float(self.labels.stray[a, b]):.1%} of a class, labelled {self.names[a]!r}, "
-            f"look like {self.names[b]!r}"
-        )
+        lines.append(self._labels())
         return "\n".join(lines + [f"fault: {fault}" for fault in self.faults])
 
 
@@ -157,11 +163,13 @@ def diagnose(
     activation: Callable[[Tensor], Tensor] = torch.relu,
     seed: int = 0,
 ) -> Diagnosis:
-    """Examine every hidden module, its layers and the labels, each alone.
+    """Examine every module, its layers and the labels, each alone.
 
     Args:
-        net: a trained network with an output module; any method may have trained it.
-        data: what it was trained on; the modules are compared on its test images.
+        net: a trained network whose last layer is linear. Its hidden modules are judged by the objective
+            that modular training would give them; those of other methods may be good in another way.
+        data: what it was trained on; the modules are compared on its test images. (Put held-out
+            training images in their place where a repair will be judged on the test images.)
         objective: on pairs, what each hidden module is judged by.
         epochs: of the short training of each fresh copy; fewer than the network has had.
         label_epochs: of the two copies, each trained on half of the images, that judge the labels.
@@ -200,6 +208,7 @@ def diagnose(
         ours, theirs = (_value(module, x, y, objective) for module in (trained, fresh))
         checks.append(ModuleCheck(k, ours, theirs, untrained, _dead(hidden, k, x, activation)))
     judges = partial(train, epochs=label_epochs)
+    checks.append(_check_head(net, data, len(x)))
     labels = _check_labels(hidden, data, objective.kernel, judges, seed)
     return Diagnosis(tuple(checks), labels, data.classes)
 
@@ -242,6 +251,20 @@ def _trained(
     return modules
 
 
+def _check_head(net: ModularNetwork, data: Dataset, n: int) -> ModuleCheck:
+    """The output module against the best linear head on the features that its last layer gets."""
+    layers = [layer for module in net for layer in module]
+    before = nn.Sequential(*layers[:-1])
+    features, labels = (part.cpu() for part in extract(before, data, "train"))
+    best = best_head(features.flatten(1), labels, penalty=_PENALTY, tolerance=1e-4)
+    held, truth = (part.cpu() for part in extract(before, data, n=n))
+    with evaluating(net):
+        logits = layers[-1](held.to(next(net.parameters()).device)).cpu()
+    ours = F.cross_entropy(logits, truth)
+    theirs = F.cross_entropy(held.flatten(1).double() @ best.weight.T + best.bias, truth)
+    return ModuleCheck(len(net) - 1, float(ours), float(theirs), math.log(len(data.classes)), {})
+
+
 def _value(module: nn.Module, x: Tensor, y: Tensor, objective: ProxyLoss) -> float:
     with evaluating(module):
         return float(objective(module(x), y))
@@ -282,12 +305,10 @@ def _check_labels(
     classes = len(data.classes)
     counts = np.zeros((classes, classes))
     np.add.at(counts, (data.train_labels, seen), 1)
-    looks_like = counts / counts.sum(1, keepdims=True)
-    np.fill_diagonal(counts, 0)
     stray = (counts - counts.T) / (len(order) / classes)
     a, b = np.unravel_index(stray.argmax(), stray.shape)
     suspects = np.flatnonzero((data.train_labels == a) & (seen == b))
-    return LabelCheck(*map(torch.from_numpy, (looks_like, stray, suspects)))
+    return LabelCheck(*map(torch.from_numpy, (counts, stray, suspects)))
 
 
 def _part(data: Dataset, index: np.ndarray[Any, np.dtype[np.int64]]) -> Dataset:

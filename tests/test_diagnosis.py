@@ -36,6 +36,16 @@ def test_a_sound_network_has_no_fault(images: Dataset) -> None:
     assert diagnose(trained(images, GOOD), images, SUPCON).faults == ()
 
 
+def test_a_head_that_did_not_learn_is_found(images: Dataset) -> None:
+    (fault,) = diagnose(trained(images, (0.1, 0.1, 0.1, 1e-6)), images, SUPCON).faults
+    assert fault.startswith("module 3: a fresh copy")
+
+
+def test_every_bad_module_is_named(images: Dataset) -> None:
+    faults = diagnose(trained(images, (0.1, 1e-6, 1e-6, 1.0)), images, SUPCON).faults
+    assert [fault[:8] for fault in faults] == ["module 1", "module 2"]
+
+
 @pytest.mark.parametrize("broken", [1, 2])
 def test_a_bad_learning_rate_is_found(broken: int, images: Dataset) -> None:
     rates = [*GOOD]
@@ -50,7 +60,7 @@ def test_a_dead_block_is_found(images: Dataset) -> None:
         net[1].conv4[-1].bias.fill_(-20)  # type: ignore[index, union-attr]
     faults = diagnose(net, images, SUPCON, label_epochs=6).faults
     assert faults[0] == "module 1, layer conv4: 100% of its channels are dead"
-    assert not any("module 0" in fault or "module 2" in fault for fault in faults)
+    assert not any("module 0" in fault or "module 2" in fault for fault in faults[1:])
 
 
 def test_wrong_labels_are_found(images: Dataset) -> None:
@@ -61,6 +71,7 @@ def test_wrong_labels_are_found(images: Dataset) -> None:
     data = replace(images, train_labels=labels)
     found = diagnose(trained(data, GOOD), data, SUPCON)
     assert found.labels.pair == (5, 3)
+    assert found.labels.counts[5, 3] == len(found.labels.suspects)
     assert any("labelled '5' look like '3'" in fault for fault in found.faults)
     suspects = set(found.labels.suspects.tolist())
     assert len(suspects & set(wrong.tolist())) > 0.7 * len(wrong)  # recall
