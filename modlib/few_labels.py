@@ -128,7 +128,7 @@ def anchors(features: Tensor, labels: Tensor) -> Tensor:
 
 
 def one_label_bound(train: Features, test: Features) -> float:
-    r"""A bound on the mean error of a head from ONE label a class, whichever examples are drawn.
+    r"""A bound on the mean error of a head from ONE label a class, over random draws of the examples.
 
     For every class c and every :math:`\delta`, over an independent draw of one anchor a class,
 
