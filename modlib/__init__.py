@@ -15,6 +15,7 @@ True
 from modlib import (
     certificates,
     data,
+    diagnosis,
     few_labels,
     kernels,
     methods,
@@ -39,6 +40,7 @@ __all__ = [
     "audit",
     "certificates",
     "data",
+    "diagnosis",
     "evaluate",
     "extract",
     "few_labels",

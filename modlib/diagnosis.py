@@ -10,10 +10,9 @@ Every module has an objective of its own, so it can be examined alone. Three que
    its own objective minus the fresh copy's, both on images that neither was trained on. A healthy module
    has had more training than the fresh one: :math:`s_k \le 0`.
 2. *Is a block dead?* The share of a layer's channels that give the same number for every image.
-3. *Are labels wrong?* For classes a and b, the share of the images labelled a that lie nearer to b's mean
-   than to that of their fellows (left out themselves), in features from a module that never saw these
-   labels: half of the images train a copy of the module, the other half are judged, and the other way
-   round. **Which** images they are is returned.
+3. *Are labels wrong?* For classes a and b, how many images labelled a lie nearest to b's mean, in features
+   from modules that never saw these labels: half of the images train fresh copies, the other half are
+   judged, and the other way round. **Which** images they are is returned.
 
 Source: this book, chapter 9. Reading modules one by one is a claim of the survey (arXiv 2101.03419);
 judging labels by held-out predictions is the idea of confident learning (Northcutt, Jiang & Chuang
@@ -34,10 +33,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from modlib.certificates import best_head
 from modlib.data import Dataset, Loader, default_augment
 from modlib.extract import extract
-from modlib.few_labels import anchors
+from modlib.few_labels import anchors, logistic_scores
 from modlib.kernels import Kernel
 from modlib.methods.method import MakeOptimizer
 from modlib.network import ModularNetwork, evaluating
@@ -47,7 +45,6 @@ from modlib.pairs import fit_pairs, same_class
 
 _DEAD = 0.5  # share of constant channels from which a layer is called dead
 _SHORT = 0.1  # shortfall, over the larger gain, from which a module is called poor
-_PENALTY = 1e-3  # of the best head's squared norm, against overfitting
 _NOTHING = 1e-3  # gain, over the untrained objective, below which a module cannot be judged
 _STRAY = 0.1  # share of a class from which its labels are called wrong
 
@@ -85,27 +82,46 @@ class LabelCheck:
     """Whether the labels agree with what images look like.
 
     Attributes:
-        counts: (C, C): how many images labelled a are nearest to class b's mean.
-        stray: (C, C): counts minus its transpose, over the mean size of a class: images labelled a that
-            look like b, beyond those labelled b that look like a. Natural confusion is about as large
-            both ways; labels that are wrong in one direction are not.
-        suspects: for the pair (a, b) of the largest stray, the training images concerned.
+        given: (n,) the training labels.
+        seen: (n,) the class whose mean each image is nearest to.
+        classes: C.
     """
 
-    counts: Tensor
-    stray: Tensor
-    suspects: Tensor = field(repr=False)
+    given: Tensor = field(repr=False)
+    seen: Tensor = field(repr=False)
+    classes: int
+
+    @property
+    def counts(self) -> Tensor:
+        """(C, C): how many images labelled a look like b."""
+        pairs = torch.bincount(self.given * self.classes + self.seen, minlength=self.classes**2)
+        return pairs.view(self.classes, self.classes)
+
+    @property
+    def stray(self) -> Tensor:
+        """(C, C): counts minus its transpose, over the mean size of a class.
+
+        Images labelled a that look like b, beyond those labelled b that look like a. Natural confusion
+        is about as large both ways; labels that are wrong in one direction are not.
+        """
+        return (self.counts - self.counts.T) / (len(self.given) / self.classes)
 
     @property
     def pair(self) -> tuple[int, int]:
-        """(a, b): labelled a, look like b."""
-        worst = int(self.stray.argmax())
-        return worst // len(self.stray), worst % len(self.stray)
+        """(a, b), where the stray is largest: labelled a, look like b."""
+        a, b = divmod(int(self.stray.argmax()), self.classes)
+        return a, b
+
+    @property
+    def suspects(self) -> Tensor:
+        """The training images of that pair."""
+        a, b = self.pair
+        return ((self.given == a) & (self.seen == b)).nonzero().flatten()
 
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """What was found. ``print`` it for a table; ``faults`` names what is wrong, worst first."""
+    """What was found. ``print`` it for a table; ``faults`` names what is wrong: modules, then labels."""
 
     modules: tuple[ModuleCheck, ...]
     labels: LabelCheck
@@ -135,8 +151,8 @@ class Diagnosis:
     def _labels(self) -> str:
         a, b = self.labels.pair
         return (
-            f"labels: {self.labels.counts[a, b]:.0f} images labelled {self.names[a]!r} look like "
-            f"{self.names[b]!r}, {self.labels.counts[b, a]:.0f} the other way round"
+            f"labels: {self.labels.counts[a, b]} images labelled {self.names[a]!r} look like "
+            f"{self.names[b]!r}, {self.labels.counts[b, a]} the other way round"
         )
 
     def __str__(self) -> str:
@@ -179,7 +195,8 @@ def diagnose(
         seed: of the fresh copies.
 
     Raises:
-        ValueError: the network has no hidden module; and what ``modlib.fit_pairs`` raises.
+        ValueError: the network has no hidden module, or does not end in a linear layer; and what
+            ``modlib.fit_pairs`` raises.
 
     >>> import modlib
     >>> data = modlib.data.load("digits")
@@ -194,6 +211,12 @@ def diagnose(
     """
     if len(net) < 2:
         raise ValueError("net: it has one module, so there is no hidden one to examine; cut it.")
+    last = [m for m in net[-1][-1].modules() if not isinstance(m, nn.Sequential | nn.Flatten)]
+    if [type(part) for part in last] != [nn.Linear]:
+        raise ValueError(
+            "net: its last layer is not linear, but the head is compared with the best linear one; end "
+            "the network in nn.Linear."
+        )
     hidden = net[:-1]
     device = next(net.parameters()).device
     loader = Loader(data, "test", device=device, shuffle=False, drop_last=False)
@@ -255,13 +278,10 @@ def _check_head(net: ModularNetwork, data: Dataset, n: int) -> ModuleCheck:
     """The output module against the best linear head on the features that its last layer gets."""
     layers = [layer for module in net for layer in module]
     before = nn.Sequential(*layers[:-1])
-    features, labels = (part.cpu() for part in extract(before, data, "train"))
-    best = best_head(features.flatten(1), labels, penalty=_PENALTY, tolerance=1e-4)
-    held, truth = (part.cpu() for part in extract(before, data, n=n))
+    held, truth = extract(before, data, n=n)
     with evaluating(net):
-        logits = layers[-1](held.to(next(net.parameters()).device)).cpu()
-    ours = F.cross_entropy(logits, truth)
-    theirs = F.cross_entropy(held.flatten(1).double() @ best.weight.T + best.bias, truth)
+        ours = F.cross_entropy(layers[-1](held), truth)
+    theirs = F.cross_entropy(logistic_scores(extract(before, data, "train"), held), truth.cpu())
     return ModuleCheck(len(net) - 1, float(ours), float(theirs), math.log(len(data.classes)), {})
 
 
@@ -302,13 +322,7 @@ def _check_labels(
         )
         features, labels = extract(learned, _part(data, mine), "train", kernel=kernel)
         seen[mine] = (features @ anchors(features, labels).T).argmax(1).cpu().numpy()
-    classes = len(data.classes)
-    counts = np.zeros((classes, classes))
-    np.add.at(counts, (data.train_labels, seen), 1)
-    stray = (counts - counts.T) / (len(order) / classes)
-    a, b = np.unravel_index(stray.argmax(), stray.shape)
-    suspects = np.flatnonzero((data.train_labels == a) & (seen == b))
-    return LabelCheck(*map(torch.from_numpy, (counts, stray, suspects)))
+    return LabelCheck(torch.tensor(data.train_labels), torch.from_numpy(seen), len(data.classes))
 
 
 def _part(data: Dataset, index: np.ndarray[Any, np.dtype[np.int64]]) -> Dataset:

@@ -142,12 +142,21 @@ def one_label_bound(train: Features, test: Features) -> float:
         train: unit features (n, D) and labels (n,) that anchors are drawn from.
         test: features (m, D) of norm at most 1 and labels (m,) that the head is used on.
 
+    Raises:
+        ValueError: shapes do not agree, a norm is above 1, or ``train`` lacks a class.
+
     >>> import torch
     >>> collapsed = torch.eye(3)[[0, 0, 1, 2]], torch.tensor([0, 0, 1, 2])
     >>> one_label_bound(collapsed, collapsed)
     0.0
     """
     classes = int(train[1].max()) + 1
+    for features, labels in (train, test):
+        _check(features.new_zeros(classes, features.shape[1]), features, labels)
+    if int(torch.bincount(train[1]).min()) == 0:
+        raise ValueError(
+            "train: a class has no example to draw an anchor from; number them 0 to C-1."
+        )
     shares = torch.bincount(test[1], minlength=classes).double() / len(test[1])
     groups = [train[0][train[1] == c].double() for c in range(classes)]
     total = 0.0
@@ -213,8 +222,13 @@ def nearest_anchor(train: Features, test: Features) -> float:
 
 def logistic_head(train: Features, test: Features, penalty: float = 1e-3) -> float:
     """Accuracy on test features of the linear head of least cross-entropy + penalty · ‖W‖²."""
+    return _accuracy(logistic_scores(train, test[0], penalty), test[1].cpu())
+
+
+def logistic_scores(train: Features, features: Tensor, penalty: float = 1e-3) -> Tensor:
+    """Logits (m, C), in float64, that this head gives for features (m, D)."""
     head = best_head(*train, penalty=penalty, tolerance=1e-4)
-    return _accuracy(test[0].cpu().double() @ head.weight.T + head.bias, test[1].cpu())
+    return features.cpu().double() @ head.weight.T + head.bias
 
 
 _HEADS = {"anchors": nearest_anchor, "logistic": logistic_head}

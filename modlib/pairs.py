@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from modlib.data import Dataset
 from modlib.data.dataset import Array
+from modlib.methods.local import LocalLearning
 from modlib.methods.method import MakeOptimizer, Method, Stage, checked
 from modlib.methods.only import Only
 from modlib.network import ModularNetwork
@@ -100,7 +101,7 @@ def same_class(labels: Array | Tensor) -> Same:
     return same
 
 
-class _Pairs(Method):
+class _Pairs(LocalLearning):
     """One module after another, each on pairs of image numbers; there is no output module."""
 
     def __init__(
@@ -109,30 +110,25 @@ class _Pairs(Method):
         same: Same,
         optimizer: MakeOptimizer | Sequence[MakeOptimizer] | None,
     ) -> None:
-        super().__init__(optimizer)
         if not callable(same):
             raise TypeError(
                 f"same={same!r:.60} is no function; give same(i, j) -> bool, such as "
                 "modlib.pairs.same_class(labels)."
             )
-        self.objective, self.same = checked("objective", objective), same
+        asking = _Asking(checked("objective", objective), same)
+        super().__init__(asking, in_turn=True, optimizer=optimizer)
 
     def check_output(self, shape: Sequence[int], classes: int) -> None:
         """A hidden module may give anything: the objective looks at it."""
 
     def stages(self, net: ModularNetwork, x: Tensor) -> list[Stage]:
-        objectives = [
-            _Asking(self.objective.for_module(shape, 0), self.same).to(x.device)
-            for shape in net.shapes(x)
-        ]
-        optimizers = self.make_optimizers(list(zip(net, objectives, strict=True)))
-        modules: list[nn.Module] = list(net)
-        return [
-            Stage([module], [objective], [optimizer], modules[:k], complete=False)
-            for k, (module, objective, optimizer) in enumerate(
-                zip(modules, objectives, optimizers, strict=True)
-            )
-        ]
+        stages = super().stages(net, x)
+        stages[-1].complete = False  # its output is no answer
+        return stages
+
+    def objectives(self, net: ModularNetwork, x: Tensor) -> list[Objective]:
+        local = self.hidden_objectives(net, x, net.shapes(x), classes=0)
+        return [objective.to(x.device) for objective in local]
 
 
 class _Asking(Objective):
@@ -141,6 +137,9 @@ class _Asking(Objective):
     def __init__(self, objective: Objective, same: Same) -> None:
         super().__init__()
         self.objective, self.same = objective, same
+
+    def for_module(self, shape: Sequence[int], classes: int) -> _Asking:
+        return _Asking(self.objective.for_module(shape, classes), self.same)
 
     def forward(self, h: Tensor, number: Tensor) -> Tensor:
         return cast(Tensor, self.objective(h, _answers(self.same, number)))

@@ -22,6 +22,7 @@ import math
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from modlib.data import Dataset
 from modlib.data.loader import Split
@@ -48,7 +49,7 @@ def score(
         n: look at the first n images (their pairs are n² numbers); None for all.
 
     Raises:
-        ValueError: the images have one class only; n is out of range.
+        ValueError: the images have one class only; n is below 1.
 
     >>> import modlib
     >>> net = modlib.partition(modlib.networks.mlp([64, 32, 10], kernel="relu", seed=0), ["features"])
@@ -81,10 +82,10 @@ def log_evidence(features: Tensor, labels: Tensor, steps: int = 100) -> float:
     >>> log_evidence(noise + labels[:, None], labels) > log_evidence(noise, labels)
     True
     """
-    _check(features, labels)
+    _check("features", features, labels)
     classes = int(labels.max()) + 1
     left, singular, _ = torch.linalg.svd(features.double(), full_matrices=False)
-    targets = torch.nn.functional.one_hot(labels, classes).double()
+    targets = F.one_hot(labels, classes).double()
     total = sum(_evidence(left, singular, targets[:, c], steps) for c in range(classes))
     return total / classes
 
@@ -128,11 +129,11 @@ def leep(probabilities: Tensor, labels: Tensor) -> float:
     >>> leep(sure, torch.tensor([1, 1, 0, 0]))
     0.0
     """
-    _check(probabilities, labels)
+    _check("probabilities", probabilities, labels)
     theta = probabilities.double()
     if bool((theta < 0).any()) or float((theta.sum(1) - 1).abs().max()) > 1e-3:
         raise ValueError("probabilities: rows must be nonnegative and sum to 1; take a softmax.")
-    targets = torch.nn.functional.one_hot(labels).double()
+    targets = F.one_hot(labels).double()
     joint = targets.T @ theta / len(labels)  # P(y, z)
     conditional = joint / joint.sum(0).clamp_min(1e-300)
     likelihood = (theta @ conditional.T).gather(1, labels[:, None])
@@ -146,13 +147,14 @@ def negative_conditional_entropy(answers: Tensor, labels: Tensor) -> float:
     0.0
     """
     check_labels(labels, len(answers), int(labels.max()) + 1)
-    one_hot = torch.nn.functional.one_hot
-    joint = one_hot(labels).double().T @ one_hot(answers).double() / len(labels)
+    joint = F.one_hot(labels).double().T @ F.one_hot(answers).double() / len(labels)
     conditional = joint / joint.sum(0).clamp_min(1e-300)
     return float(torch.xlogy(joint, conditional).sum()) + 0.0
 
 
-def _check(rows: Tensor, labels: Tensor) -> None:
+def _check(name: str, rows: Tensor, labels: Tensor) -> None:
     if rows.dim() != 2 or len(rows) < 2:
-        raise ValueError(f"features: give at least two rows (n, D), not shape {tuple(rows.shape)}.")
+        raise ValueError(
+            f"{name}: give at least two rows, as a matrix, not shape {tuple(rows.shape)}."
+        )
     check_labels(labels, len(rows), int(labels.max()) + 1)

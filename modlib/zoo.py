@@ -54,7 +54,7 @@ def fingerprint(module: nn.Module, behind: str = "") -> str:
     digest = hashlib.sha256(behind.encode())
     for name, value in module.state_dict().items():
         digest.update(f"{name}{tuple(value.shape)}{value.dtype}".encode())
-        digest.update(value.detach().cpu().contiguous().numpy().tobytes())
+        digest.update(value.detach().cpu().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]
 
 
@@ -93,7 +93,7 @@ def save(
         raise ValueError(f"path: {path} exists; give another name, or move it away.")
     shape = tuple(input_shape)
     probe = torch.randn(_PROBES, *shape, generator=torch.Generator().manual_seed(0))
-    outputs = _outputs(module, probe, name)
+    outputs = _outputs(module, probe, f"input_shape: {name}")
     card = Card(name, shape, tuple(outputs.shape[1:]), behind, fingerprint(module, behind), notes)
     weights = {key: value.detach().cpu() for key, value in module.state_dict().items()}
     state = {"card": asdict(card), "weights": weights, "probe": probe, "outputs": outputs}
@@ -133,7 +133,7 @@ def load(path: str | Path, module: nn.Module, *, behind: str | None = None) -> C
             f"({' '.join(str(error).split())[:200]}); build it as it was built."
         ) from error
     try:
-        found, wanted = _outputs(module, state["probe"], card.name), state["outputs"]
+        found, wanted = _outputs(module, state["probe"], f"module: {card.name}"), state["outputs"]
         if found.shape != wanted.shape or not _close(found, wanted):
             raise ValueError(
                 f"module: with the weights of {card.name!r} it computes something else than was "
@@ -174,7 +174,7 @@ def exchange(net: ModularNetwork, k: int, module: nn.Module, x: Tensor) -> Modul
     with evaluating(net):
         inputs = net[:k](x)
         wanted = net[k](inputs).shape
-    found = tuple(_outputs(module, inputs, f"the new module {k}").shape)
+    found = tuple(_outputs(module, inputs, f"module: the new module {k}").shape)
     if found != tuple(wanted) and k < len(net) - 1:
         raise ValueError(
             f"module: it gives {found[1:]} where module {k} gave {tuple(wanted[1:])}, which the next "
@@ -186,14 +186,14 @@ def exchange(net: ModularNetwork, k: int, module: nn.Module, x: Tensor) -> Modul
     return new
 
 
-def _outputs(module: nn.Module, probe: Tensor, name: str) -> Tensor:
+def _outputs(module: nn.Module, probe: Tensor, what: str) -> Tensor:
     reference = next(module.parameters(), torch.empty(0))
     try:
         with evaluating(module):
             outputs: Tensor = module(probe.to(reference)).float().cpu()
     except (RuntimeError, ValueError, IndexError) as error:
         raise ValueError(
-            f"input_shape: {name} does not run on inputs of shape {tuple(probe.shape[1:])} "
+            f"{what} does not run on inputs of shape {tuple(probe.shape[1:])} "
             f"({str(error).splitlines()[0]})."
         ) from error
     return outputs
@@ -208,7 +208,8 @@ def _read(path: Path) -> dict[str, Any]:
         raise ValueError(f"path: there is no file {path}; save a module there first.")
     try:
         state = checkpoints.read_whole(path)
-        assert {"card", "weights", "probe", "outputs"} <= set(state)
+        if not {"card", "weights", "probe", "outputs"} <= set(state):
+            raise KeyError("card")
     except Exception as error:  # whatever a damaged file makes its reader stumble over
         raise ValueError(
             f"path: {path} is damaged or holds no module of this library; it was left as it is."

@@ -83,3 +83,7 @@ def test_a_network_without_hidden_modules_is_refused(images: Dataset) -> None:
     net = modlib.partition(modlib.networks.cnn((8,), seed=0), modules=1)
     with pytest.raises(ValueError, match="no hidden one to examine"):
         diagnose(net, images, SUPCON)
+    net = modlib.networks.cnn((8,), seed=0)
+    modules = modlib.partition(torch.nn.Sequential(net, torch.nn.Identity()), ["0.features"])
+    with pytest.raises(ValueError, match="its last layer is not linear"):
+        diagnose(modules, images, SUPCON)

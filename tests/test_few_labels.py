@@ -140,5 +140,11 @@ def test_bad_input_is_refused() -> None:
         anchor_bound(unit, unit, torch.tensor([0, 2]))
     with pytest.raises(ValueError, match="per_class=2: the smallest class has 1"):
         draw(labels, 2)
+    with pytest.raises(ValueError, match="labels from 0 to 2"):
+        one_label_bound((unit, labels), (unit, torch.tensor([0, 2])))
+    with pytest.raises(ValueError, match="a class has no example"):
+        one_label_bound((unit, torch.tensor([0, 2])), (unit, labels))
+    with pytest.raises(ValueError, match="features: a norm is above 1"):
+        one_label_bound((unit, labels), (2 * unit, labels))
     with pytest.raises(ValueError, match="choose from anchors, logistic"):
         label_efficiency((unit, labels), (unit, labels), 1, head="svm")

@@ -107,7 +107,9 @@ def test_extract_leaves_the_module_as_it_was_and_is_in_order(digits: Dataset) ->
 def test_bad_input_is_refused(digits: Dataset) -> None:
     with pytest.raises(ValueError, match="rows must be nonnegative and sum to 1"):
         leep(torch.ones(3, 2), torch.tensor([0, 1, 1]))
-    with pytest.raises(ValueError, match="at least two rows"):
+    with pytest.raises(ValueError, match="probabilities: give at least two rows"):
+        leep(torch.ones(1, 2), torch.tensor([0]))
+    with pytest.raises(ValueError, match="features: give at least two rows"):
         log_evidence(torch.ones(1, 2), torch.tensor([0]))
     with pytest.raises(ValueError, match="one label for each of the 3"):
         leep(torch.eye(2)[[0, 1, 1]], torch.tensor([0, 1]))

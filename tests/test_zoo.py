@@ -82,12 +82,20 @@ def test_files_are_checked(saved: tuple[Path, nn.Sequential], tmp_path: Path) ->
     assert not (tmp_path / "new.pt").exists()
 
 
+def test_fingerprints_of_half_precision() -> None:
+    module = nn.Linear(2, 2).bfloat16()
+    before = zoo.fingerprint(module)
+    with torch.no_grad():
+        module.bias += 1
+    assert len(before) == 16 and before != zoo.fingerprint(module)
+
+
 def test_exchange_checks_shapes() -> None:
     net = modlib.partition(modlib.networks.mlp([64, 32, 16, 10]), modules=3)
     x = torch.zeros(2, 64)
     for k, module, message in (
         (1, nn.Linear(32, 8), r"gives \(8,\) where module 1 gave \(16,\)"),
-        (1, nn.Linear(31, 16), "the new module 1 does not run"),
+        (1, nn.Linear(31, 16), "module: the new module 1 does not run"),
         (5, nn.Linear(1, 1), "no such module among 3"),
     ):
         with pytest.raises(ValueError, match=message):

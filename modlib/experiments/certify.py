@@ -12,24 +12,18 @@ after every epoch, and writes into its record
 
 from __future__ import annotations
 
-import argparse
-import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from modlib.certificates import best_head, global_bound, optimality_gap
-from modlib.data import Dataset, Loader
-from modlib.experiments.recipes import RECIPES
+from modlib.data import Dataset
+from modlib.experiments.kept import arguments, body, kept, mean_kernels
 from modlib.experiments.run import Record, write
 from modlib.extract import extract
 from modlib.kernels import FeatureMap
 from modlib.network import ModularNetwork
-
-Epoch = tuple[dict[str, Any], ModularNetwork]
 
 
 def certify(
@@ -51,21 +45,10 @@ def certify(
     Raises:
         ValueError: the run or its record is not there.
     """
-    name = f"{recipe}-{profile}-seed{seed}"
-    target, folder = Path(results) / f"{name}.json", Path(runs) / name
-    if recipe not in RECIPES or not target.exists() or not folder.exists():
-        raise ValueError(
-            f"{target} or {folder} is missing; run the recipe first: modlib run {recipe}."
-        )
-    record: Record = json.loads(target.read_text(encoding="utf-8"))
-    settings = RECIPES[recipe].profiles[profile]
-    data = settings.load(root)
-    x, _ = Loader(data, batch_size=settings.batch_size).sample(settings.batch_size)
-    net = RECIPES[recipe].network(settings, data, seed, x)
-    record["pairs"] = [
-        {**_place(row), **pairs(state, data)} for row, state in epochs(net, record, folder)
-    ]
-    gap = optimality_gap(net, data)
+    run = kept(recipe, profile, seed, root, results, runs)
+    record, data = run.record, run.data
+    record["pairs"] = [{**_place(row), **pairs(net, data)} for row, net in run.epochs()]
+    gap = optimality_gap(run.net, data)
     record["certificate"] = {
         "achieved": gap.achieved,
         "bound": gap.bound,
@@ -79,10 +62,9 @@ def certify(
     }
     if every_epoch:
         record["input_gap"] = [
-            {**_place(row), **_input_gap(state, data, gap.head_norm)}
-            for row, state in epochs(net, record, folder)
+            {**_place(row), **_input_gap(net, data, gap.head_norm)} for row, net in run.epochs()
         ]
-    write(record, target)
+    write(record, run.target)
     return record
 
 
@@ -95,14 +77,8 @@ def pairs(net: ModularNetwork, data: Dataset, n: int = 2000) -> dict[str, float]
         data: its first n test images are compared.
     """
     features, y = extract(body(net), data, "test", n=min(n, len(data.test_labels)))
-    gram = features @ features.T
-    same = y[:, None] == y[None, :]
-    off = ~torch.eye(len(y), dtype=torch.bool)
-    return {
-        "same": float(gram[same & off].mean()),
-        "different": float(gram[~same].mean()),
-        "dead": float((features.norm(dim=1) < 0.5).float().mean()),
-    }
+    dead = float((features.norm(dim=1) < 0.5).float().mean())
+    return {**mean_kernels(features, y), "dead": dead}
 
 
 def _input_gap(net: ModularNetwork, data: Dataset, head_norm: float) -> dict[str, float]:
@@ -114,38 +90,15 @@ def _input_gap(net: ModularNetwork, data: Dataset, head_norm: float) -> dict[str
     return {"best_head": head.risk, "bound": bound, "duality_gap": head.duality_gap}
 
 
-def body(net: ModularNetwork) -> nn.Sequential:
-    """The network without its head, up to and with its feature map."""
-    layers = [layer for module in net for layer in module]
-    if not isinstance(layers[-2], FeatureMap):
-        raise ValueError(
-            "net: no FeatureMap stands before its head, so there is nothing to certify."
-        )
-    return nn.Sequential(*layers[:-1])
-
-
-def epochs(net: ModularNetwork, record: Record, folder: Path) -> Iterator[Epoch]:
-    """The network after every epoch; after the last one it is the final network."""
-    for row in record["history"]:
-        path = folder / f"stage{row['stage']}-epoch{row['epoch']}.pt"
-        net.load_state_dict(torch.load(path, weights_only=True))
-        yield row, net.eval()
-
-
 def _place(row: dict[str, Any]) -> dict[str, int]:
     return {"stage": row["stage"], "epoch": row["epoch"]}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = arguments(__doc__)
     parser.add_argument("recipe")
-    parser.add_argument("--profile", default="cpu")
-    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--epochs", action="store_true")
-    parser.add_argument("--results", default="book/results")
-    parser.add_argument("--runs", default="runs")
     options = parser.parse_args()
-    torch.set_num_threads(1)
     record = certify(
         options.recipe,
         options.profile,

@@ -12,8 +12,6 @@ head, trained with all pairs or, by E2EBP, with all labels) writes to
 
 from __future__ import annotations
 
-import argparse
-import json
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -25,7 +23,7 @@ from torch import nn
 
 from modlib.data import Dataset
 from modlib.experiments import environment
-from modlib.experiments.certify import body, epochs
+from modlib.experiments.kept import arguments, body, kept, mean_kernels
 from modlib.experiments.recipe import Profile, Recipe
 from modlib.experiments.recipes import RECIPES
 from modlib.experiments.run import Record, write
@@ -69,15 +67,9 @@ def few_labels(
     Raises:
         ValueError: the run or its record is not there.
     """
-    name = f"{recipe}-{profile}-seed{seed}"
-    source, folder = Path(results) / f"{name}.json", Path(runs) / name
-    if recipe not in RECIPES or not source.exists() or not folder.exists():
-        raise ValueError(f"{source} or {folder} is missing; first: modlib run {recipe}.")
-    done: Record = json.loads(source.read_text(encoding="utf-8"))
-    settings = RECIPES[recipe].profiles[profile]
-    data = settings.load(root)
+    run = kept(recipe, profile, seed, root, results, runs)
+    done, data, settings = run.record, run.data, RECIPES[recipe].profiles[profile]
     sizes = [n for n in SIZES if n <= _smallest_class(data)]
-    net = RECIPES[recipe].network(settings, data, seed, torch.zeros(8, *data.shape))
     first = [row for row in done["history"] if row["stage"] == 0]
     wanted = {*at, first[-1]["epoch"]}
     record = {
@@ -91,8 +83,8 @@ def few_labels(
         "sizes": sizes,
         "final_accuracy": done["final"]["test_accuracy"],
         "checkpoints": [
-            {"epoch": row["epoch"] + 1, **measure(body(state), data, sizes)}
-            for row, state in epochs(net, {"history": first}, folder)
+            {"epoch": row["epoch"] + 1, **measure(body(run.after(row)), data, sizes)}
+            for row in first
             if row["epoch"] in wanted
         ],
     }
@@ -101,7 +93,7 @@ def few_labels(
             str(n): [_from_scratch(RECIPES[recipe], settings, data, n, d) for d in range(DRAWS)]
             for n in sizes
         }
-    write(record, Path(results) / "few-labels" / f"{name}.json")
+    write(record, Path(results) / "few-labels" / run.target.name)
     return record
 
 
@@ -119,8 +111,7 @@ def measure(features: nn.Module, data: Dataset, sizes: Iterable[int]) -> dict[st
         "counted": [bound.counted for bound in bounds],
         "markov": [bound.markov for bound in bounds],
         "expected_bound": one_label_bound(*part),
-        "same": _mean_kernel(part[1], same=True),
-        "different": _mean_kernel(part[1], same=False),
+        **mean_kernels(*part[1]),
     }
 
 
@@ -130,13 +121,6 @@ def _smallest_class(data: Dataset) -> int:
 
 def _first(split: Features, n: int) -> Features:
     return split[0][:n], split[1][:n]
-
-
-def _mean_kernel(split: Features, same: bool) -> float:
-    gram = split[0] @ split[0].T
-    equal = split[1][:, None] == split[1][None, :]
-    chosen = equal & ~torch.eye(len(gram), dtype=torch.bool) if same else ~equal
-    return float(gram[chosen].mean())
 
 
 def _from_scratch(recipe: Recipe, settings: Profile, data: Dataset, n: int, seed: int) -> float:
@@ -154,23 +138,17 @@ def _from_scratch(recipe: Recipe, settings: Profile, data: Dataset, n: int, seed
         epochs=max(1, _STEPS // (len(chosen) // batch)),
         batch_size=batch,
         seed=seed,
-        device="cpu",
         progress=False,
     )
     return evaluate(net, data).accuracy
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = arguments(__doc__)
     parser.add_argument("recipe")
-    parser.add_argument("--profile", default="cpu")
-    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--at", type=int, nargs="*", default=[0, 1, 3, 7])
     parser.add_argument("--scratch", action="store_true")
-    parser.add_argument("--results", default="book/results")
-    parser.add_argument("--runs", default="runs")
     options = parser.parse_args()
-    torch.set_num_threads(1)
     record = few_labels(
         options.recipe,
         options.profile,

@@ -9,7 +9,6 @@ runs folder, so an interrupted run goes on.
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import time
 from collections.abc import Callable
@@ -25,6 +24,7 @@ from modlib import data as datasets
 from modlib import objectives, transfer, zoo
 from modlib.data import Dataset
 from modlib.experiments import environment
+from modlib.experiments.kept import arguments
 from modlib.experiments.recipe import CIFAR10, Profile, trunk
 from modlib.experiments.recipes import KERNEL, OUTPUT_LR, RATES
 from modlib.experiments.run import Record, write
@@ -224,13 +224,7 @@ class _Clock:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--profile", default="cpu")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--results", default="book/results")
-    parser.add_argument("--runs", default="runs")
-    options = parser.parse_args()
-    torch.set_num_threads(1)
+    options = arguments(__doc__).parse_args()
     record = run(options.profile, options.seed, results=options.results, runs=options.runs)
     print(f"transfer, seed {options.seed}: {len(record['tasks'])} tasks")
 
