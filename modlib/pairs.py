@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from modlib.data import Dataset
 from modlib.data.dataset import Array
 from modlib.methods.local import LocalLearning
-from modlib.methods.method import MakeOptimizer, Method, Stage, checked
+from modlib.methods.method import Method, Optimizers, Stage, checked
 from modlib.methods.only import Only
 from modlib.network import ModularNetwork
 from modlib.objectives import Objective
@@ -38,7 +38,7 @@ def fit_pairs(
     same: Same,
     *,
     modules: Sequence[int] | None = None,
-    optimizer: MakeOptimizer | Sequence[MakeOptimizer] | None = None,
+    optimizer: Optimizers = None,
     mean: Sequence[float] = (),
     std: Sequence[float] = (),
     **options: Any,
@@ -108,7 +108,7 @@ class _Pairs(LocalLearning):
         self,
         objective: Objective,
         same: Same,
-        optimizer: MakeOptimizer | Sequence[MakeOptimizer] | None,
+        optimizer: Optimizers,
     ) -> None:
         if not callable(same):
             raise TypeError(

@@ -150,6 +150,75 @@ def card(path: str | Path) -> Card:
     return Card(**_read(Path(path))["card"])
 
 
+def shelve(
+    net: ModularNetwork,
+    folder: str | Path,
+    *,
+    name: str,
+    input_shape: Iterable[int],
+    **notes: Any,
+) -> list[Card]:
+    """Save every module of a network, each behind those before it, as ``NAME-module0.pt`` and so on.
+
+    Args:
+        net: trained.
+        folder: the shelf; it is made if it is not there.
+        name: of the network.
+        input_shape: of one input, without N.
+        notes: plain data to keep with each module.
+
+    Raises:
+        ValueError: one of the files exists, and then none is written; or what ``save`` raises.
+
+    >>> import modlib, tempfile
+    >>> net, other = (modlib.partition(modlib.networks.mlp([64, 32, 10]), modules=2) for _ in range(2))
+    >>> folder = tempfile.mkdtemp()
+    >>> cards = shelve(net, folder, name="digits", input_shape=[64])
+    >>> cards[1].behind == cards[0].fingerprint, take(other, folder, "digits") == cards
+    (True, True)
+    """
+    paths = _paths(net, folder, name)
+    for path in paths:
+        if path.exists():
+            raise ValueError(f"name: {path} exists; give another name, or move it away.")
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    cards, behind, shape = [], "", tuple(input_shape)
+    for path, module in zip(paths, net, strict=True):
+        cards.append(save(module, path, name=path.stem, input_shape=shape, behind=behind, **notes))
+        behind, shape = cards[-1].fingerprint, cards[-1].output_shape
+    return cards
+
+
+def take(net: ModularNetwork, folder: str | Path, name: str) -> list[Card]:
+    """Fill a network with the modules that ``shelve`` saved under this name, each behind those before it.
+
+    Args:
+        net: built and cut as the saved one was; its own weights are replaced.
+        folder: the shelf.
+        name: of the network.
+
+    Returns:
+        The cards, first module first.
+
+    Raises:
+        ValueError: what ``load`` raises; the network is then as it was.
+    """
+    kept = {key: value.clone() for key, value in net.state_dict().items()}
+    cards, behind = [], ""
+    try:
+        for path, module in zip(_paths(net, folder, name), net, strict=True):
+            cards.append(load(path, module, behind=behind))
+            behind = cards[-1].fingerprint
+    except ValueError:
+        net.load_state_dict(kept)
+        raise
+    return cards
+
+
+def _paths(net: ModularNetwork, folder: str | Path, name: str) -> list[Path]:
+    return [Path(folder) / f"{name}-module{k}.pt" for k in range(len(net))]
+
+
 def exchange(net: ModularNetwork, k: int, module: nn.Module, x: Tensor) -> ModularNetwork:
     """The network with module k replaced; the others are shared with ``net``, which stays as it is.
 

@@ -7,10 +7,13 @@ from pathlib import Path
 
 import pytest
 
+import modlib
+from modlib import zoo
 from modlib.experiments import run, transfer
 from modlib.experiments.certify import certify
 from modlib.experiments.few_labels import few_labels
 from modlib.experiments.recipes import RATES, RECIPES, TUNED
+from modlib.experiments.shelve import shelve
 from modlib.experiments.tune import ADAM_LADDER, LADDER, search
 
 RESULTS = Path(__file__).parents[1] / "book" / "results"
@@ -78,6 +81,18 @@ def test_few_labels_are_measured_on_the_networks_that_a_run_kept(tmp_path: Path)
         assert 1 - accuracy <= bound + 1e-9  # the same draws
     saved = tmp_path / "results" / "few-labels" / "mnist-cnn-supcon-smoke-seed0.json"
     assert json.loads(saved.read_text()) == json.loads(json.dumps(record))
+
+
+def test_the_modules_of_a_run_go_on_the_shelf(tmp_path: Path) -> None:
+    where = {"results": tmp_path / "results", "runs": tmp_path / "runs"}
+    done = run("mnist-cnn-supcon", progress=False, **where)
+    cards = shelve("mnist-cnn-supcon", **where)
+    settings = RECIPES["mnist-cnn-supcon"].profiles["smoke"]
+    data = settings.load(None)
+    x, _ = modlib.data.Loader(data, batch_size=64).sample(64)
+    net = RECIPES["mnist-cnn-supcon"].network(settings, data, 1, x)
+    assert zoo.take(net, tmp_path / "results" / "zoo", "mnist-cnn-supcon-smoke-seed0") == cards
+    assert modlib.evaluate(net, data).accuracy == done["final"]["test_accuracy"]
 
 
 def test_few_labels_need_a_run(tmp_path: Path) -> None:

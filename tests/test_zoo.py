@@ -102,3 +102,38 @@ def test_exchange_checks_shapes() -> None:
             modlib.zoo.exchange(net, k, module, x)
     mixed = modlib.zoo.exchange(net, -1, nn.Linear(16, 3), x)
     assert mixed(x).shape == (2, 3) and net(x).shape == (2, 10)
+
+
+def network(seed: int) -> modlib.ModularNetwork:
+    return modlib.partition(modlib.networks.cnn((4, 8, 8), seed=seed), modules=3)
+
+
+def test_a_network_comes_back_from_the_shelf(tmp_path: Path) -> None:
+    net, other = network(seed=0), network(seed=1)
+    cards = zoo.shelve(net, tmp_path / "shelf", name="net", input_shape=[3, 32, 32], task="none")
+    assert [card.name for card in cards] == ["net-module0", "net-module1", "net-module2"]
+    assert cards[2].behind == cards[1].fingerprint and cards[2].output_shape == (10,)
+    assert zoo.take(other, tmp_path / "shelf", "net") == cards
+    for a, b in zip(net.state_dict().values(), other.state_dict().values(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_shelf_is_never_overwritten(tmp_path: Path) -> None:
+    zoo.shelve(network(seed=0), tmp_path, name="net", input_shape=[3, 32, 32])
+    (tmp_path / "net-module0.pt").unlink()
+    with pytest.raises(ValueError, match=r"net-module1\.pt exists"):
+        zoo.shelve(network(seed=1), tmp_path, name="net", input_shape=[3, 32, 32])
+    assert not (tmp_path / "net-module0.pt").exists()
+
+
+def test_a_network_that_is_refused_in_the_middle_is_as_it_was(tmp_path: Path) -> None:
+    zoo.shelve(network(seed=0), tmp_path, name="a", input_shape=[3, 32, 32])
+    zoo.shelve(network(seed=1), tmp_path, name="b", input_shape=[3, 32, 32])
+    (tmp_path / "b-module1.pt").replace(tmp_path / "a-module1.pt")
+    other = network(seed=2)
+    before = {key: value.clone() for key, value in other.state_dict().items()}
+    with pytest.raises(ValueError, match="was trained behind modules with fingerprint"):
+        zoo.take(other, tmp_path, "a")
+    assert all(torch.equal(before[key], value) for key, value in other.state_dict().items())
+    with pytest.raises(ValueError, match="there is no file"):
+        zoo.take(other, tmp_path, "c")

@@ -33,7 +33,7 @@ from modlib.few_labels import Features, logistic_head
 from modlib.methods import ProxyObjective, sgd
 from modlib.network import ModularNetwork, partition
 from modlib.objectives import ProxyLoss
-from modlib.training import evaluate, fit
+from modlib.training import evaluate, fit, pick_device
 
 CLASSES = {
     "smoke": ("3", "5", "8"),
@@ -68,11 +68,12 @@ def run(
     root: str | Path | None = None,
     results: str | Path = "book/results",
     runs: str | Path = "runs",
+    device: str = "auto",
 ) -> Record:
     """Train every task's network, score all pairs, and write the record.
 
     Args:
-        profile, seed, root, results, runs: as for recipes' runs.
+        profile, seed, root, results, runs, device: as for recipes' runs.
     """
     classes, settings = CLASSES[profile], CIFAR10[profile]
     whole = datasets.load(settings.data, root, size=settings.size, classes=classes)
@@ -81,7 +82,7 @@ def run(
     rows: list[dict[str, list[float]]] = []
     own, clock = [], _Clock()
     for task in tasks:
-        net, accuracy = _network(whole, task, settings, seed, folder)
+        net, accuracy = _network(whole, task, settings, seed, folder, device)
         own.append(accuracy)
         rows.append(_row(net, whole, tasks, seed, clock))
     names = list(rows[0])
@@ -91,7 +92,7 @@ def run(
         "seed": seed,
         "commit": environment.commit(),
         "versions": environment.versions(),
-        "hardware": environment.hardware(torch.device("cpu")),
+        "hardware": environment.hardware(pick_device(device)),
         "tasks": [[classes[a], classes[b]] for a, b in tasks],
         "source_accuracy": own,
         "matrices": {name: [row[name] for row in rows] for name in names},  # source × target
@@ -113,7 +114,7 @@ def _task(data: Dataset, pair: tuple[int, int]) -> Dataset:
 
 
 def _network(
-    whole: Dataset, pair: tuple[int, int], settings: Profile, seed: int, folder: Path
+    whole: Dataset, pair: tuple[int, int], settings: Profile, seed: int, folder: Path, device: str
 ) -> tuple[ModularNetwork, float]:
     """The network trained for one task, from the shelf if it is there, and its test accuracy."""
     data = _task(whole, pair)
@@ -131,14 +132,14 @@ def _network(
         epochs=settings.epochs,
         batch_size=settings.batch_size,
         seed=seed,
-        device="cpu",
+        device=device,
         channels_last=settings.channels_last,
         progress=False,
     )
     accuracy = evaluate(net, data).accuracy
     name = "-".join(data.classes)
     zoo.save(net, path, name=name, input_shape=data.shape, accuracy=accuracy, seed=seed)
-    return net, accuracy
+    return net.cpu(), accuracy
 
 
 def _row(

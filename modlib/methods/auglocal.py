@@ -27,7 +27,7 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from modlib.methods.local import LocalLearning
-from modlib.methods.method import MakeOptimizer
+from modlib.methods.method import Optimizers
 from modlib.network import ModularNetwork, evaluating
 from modlib.networks.cnn import ConvUnit
 from modlib.networks.residual import ResidualUnit
@@ -70,7 +70,7 @@ class AugLocal(LocalLearning):
         depth: int = 3,
         shrink: float = 0.5,
         *,
-        optimizer: MakeOptimizer | Sequence[MakeOptimizer] | None = None,
+        optimizer: Optimizers = None,
         output: Objective | None = None,
     ) -> None:
         super().__init__(optimizer=optimizer, output=output)

@@ -7,11 +7,9 @@ Source: Rumelhart, Hinton & Williams 1986. Category measured by the audit: end-t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from torch import Tensor
 
-from modlib.methods.method import MakeOptimizer, Method, Stage, checked
+from modlib.methods.method import Method, Optimizers, Stage, checked
 from modlib.network import ModularNetwork
 from modlib.objectives import CrossEntropy, Objective
 
@@ -33,7 +31,7 @@ class E2EBP(Method):
     def __init__(
         self,
         objective: Objective | None = None,
-        optimizer: MakeOptimizer | Sequence[MakeOptimizer] | None = None,
+        optimizer: Optimizers = None,
     ) -> None:
         super().__init__(optimizer)
         self.objective = checked("objective", objective or CrossEntropy())

@@ -48,6 +48,9 @@ class KeepHeads(Method):
         self.heads: list[Objective] = []
         self._missing: set[int] = set()
 
+    def check_output(self, shape: Sequence[int], classes: int) -> None:
+        self.method.check_output(shape, classes)
+
     def stages(self, net: ModularNetwork, x: Tensor) -> list[Stage]:
         stages = self.method.stages(net, x)
         self.heads = [head for stage in stages for head in stage.objectives]

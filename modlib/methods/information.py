@@ -12,13 +12,11 @@ from modlib.data import Dataset, Loader
 from modlib.data.loader import Split
 from modlib.methods.information_propagation import InformationPropagation
 from modlib.methods.local import LocalLearning
-from modlib.methods.method import MakeOptimizer, sgd
+from modlib.methods.method import Optimizers, sgd
 from modlib.methods.transport_regularised import TransportRegularised
 from modlib.network import evaluating
 from modlib.objectives.hsic import HSIC
 from modlib.objectives.infonce import InfoNCE
-
-Optimizers = MakeOptimizer | Sequence[MakeOptimizer]
 
 
 def hsic_bottleneck(
@@ -26,7 +24,7 @@ def hsic_bottleneck(
     bandwidth: float = 5.0,
     *,
     in_turn: bool = False,
-    optimizer: Optimizers | None = None,
+    optimizer: Optimizers = None,
 ) -> LocalLearning:
     """The HSIC bottleneck: hidden modules share with the labels, not with the input.
 
@@ -61,7 +59,7 @@ def greedy_infomax(
     grid: int = 7,
     *,
     in_turn: bool = False,
-    optimizer: Optimizers | None = None,
+    optimizer: Optimizers = None,
 ) -> LocalLearning:
     """Greedy InfoMax: hidden modules predict patches from patches above them, and see no label.
 
@@ -95,7 +93,7 @@ def infopro(
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
     *,
-    optimizer: Optimizers | None = None,
+    optimizer: Optimizers = None,
 ) -> InformationPropagation:
     """InfoPro: hidden modules also keep what rebuilds the image.
 
@@ -116,7 +114,7 @@ def infopro(
     return InformationPropagation(first, last, form, mean, std, optimizer=optimizer)
 
 
-def transport(tau: float = 1.0, *, optimizer: Optimizers | None = None) -> TransportRegularised:
+def transport(tau: float = 1.0, *, optimizer: Optimizers = None) -> TransportRegularised:
     """Transport-regularised learning of residual modules.
 
     Published: SGD at rate 0.002 to 0.003, momentum 0.9, weight decay 2e-4, 300 epochs; orthogonal initial

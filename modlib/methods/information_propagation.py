@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from modlib.methods.local import LocalLearning
-from modlib.methods.method import MakeOptimizer
+from modlib.methods.method import Optimizers
 from modlib.network import ModularNetwork
 from modlib.objectives import Objective
 from modlib.objectives.infopro import InfoPro, infopro_weights
@@ -53,7 +53,7 @@ class InformationPropagation(LocalLearning):
         std: Sequence[float] | None = None,
         *,
         in_turn: bool = False,
-        optimizer: MakeOptimizer | Sequence[MakeOptimizer] | None = None,
+        optimizer: Optimizers = None,
         output: Objective | None = None,
     ) -> None:
         self.first, self.last = first, first if last is None else last

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from modlib.methods.cache import CachingStage
-from modlib.methods.method import MakeOptimizer, Method, Stage, checked
+from modlib.methods.method import Method, Optimizers, Stage, checked
 from modlib.network import ModularNetwork
 from modlib.objectives import AuxiliaryClassifier, CrossEntropy, Objective
 
@@ -50,7 +50,7 @@ class LocalLearning(Method):
         objective: Objective | None = None,
         *,
         in_turn: bool = False,
-        optimizer: MakeOptimizer | Sequence[MakeOptimizer] | None = None,
+        optimizer: Optimizers = None,
         output: Objective | None = None,
         cache_features: bool = False,
         views: int | None = None,

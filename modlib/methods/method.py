@@ -23,6 +23,7 @@ from modlib.network import ModularNetwork
 from modlib.objectives import Objective
 
 MakeOptimizer = Callable[[Iterable[nn.Parameter]], Optimizer]
+Optimizers = MakeOptimizer | Sequence[MakeOptimizer] | None  # one for all modules, or one each
 
 
 def sgd(
@@ -169,7 +170,7 @@ class Method:
         optimizer: makes one module's optimiser from its parameters; or a list, one for each module.
     """
 
-    def __init__(self, optimizer: MakeOptimizer | Sequence[MakeOptimizer] | None = None) -> None:
+    def __init__(self, optimizer: Optimizers = None) -> None:
         self.optimizer = sgd() if optimizer is None else optimizer
 
     def stages(self, net: ModularNetwork, x: Tensor) -> list[Stage]:

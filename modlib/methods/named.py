@@ -8,13 +8,12 @@ turn (``layerwise_greedy``, ``cascade``), weakly modular where all are trained i
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import partial
 
 import torch
 
 from modlib.methods.local import LocalLearning
-from modlib.methods.method import MakeOptimizer
+from modlib.methods.method import Optimizers
 from modlib.objectives import (
     AuxiliaryClassifier,
     MonoForward,
@@ -22,8 +21,6 @@ from modlib.objectives import (
     PredSim,
     SimilarityMatching,
 )
-
-Optimizers = MakeOptimizer | Sequence[MakeOptimizer] | None
 
 
 def layerwise_greedy(layers: int = 1, *, optimizer: Optimizers = None) -> LocalLearning:

@@ -12,13 +12,11 @@ Source: Duan, Yu & Principe 2022 (arXiv 2005.05541), algorithm of section IV; su
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from torch import Tensor
 
 from modlib.kernels import FeatureMap
 from modlib.methods.local import LocalLearning
-from modlib.methods.method import MakeOptimizer, Stage
+from modlib.methods.method import Optimizers, Stage
 from modlib.network import ModularNetwork
 from modlib.objectives import LogContrastive, Objective, ProxyLoss
 
@@ -51,7 +49,7 @@ class ProxyObjective(LocalLearning):
         self,
         objective: Objective | None = None,
         *,
-        optimizer: MakeOptimizer | Sequence[MakeOptimizer] | None = None,
+        optimizer: Optimizers = None,
         output: Objective | None = None,
         cache_features: bool = False,
         views: int | None = None,

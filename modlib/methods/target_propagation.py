@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from modlib.methods.method import MakeOptimizer, Method, Stage, update
+from modlib.methods.method import MakeOptimizer, Method, Optimizers, Stage, update
 from modlib.network import ModularNetwork
 from modlib.objectives import CrossEntropy
 
@@ -54,7 +54,7 @@ class DifferenceTargetPropagation(Method):
         self,
         step_size: float = 1.0,
         noise: float = 0.1,
-        optimizer: MakeOptimizer | Sequence[MakeOptimizer] | None = None,
+        optimizer: Optimizers = None,
         inverse_optimizer: MakeOptimizer | None = None,
         activation: Callable[[], nn.Module] = nn.Tanh,
     ) -> None:

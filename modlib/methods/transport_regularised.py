@@ -11,7 +11,6 @@ audit: weakly modular; modular with ``in_turn=True``.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Any, cast
 
@@ -21,7 +20,7 @@ from torch.nn import functional as F
 
 from modlib.kernels import wide
 from modlib.methods.local import LocalLearning
-from modlib.methods.method import MakeOptimizer, Stage
+from modlib.methods.method import Optimizers, Stage
 from modlib.network import ModularNetwork
 from modlib.objectives import AuxiliaryClassifier
 
@@ -58,7 +57,7 @@ class TransportRegularised(LocalLearning):
         smoothing: float = 0.1,
         *,
         in_turn: bool = False,
-        optimizer: MakeOptimizer | Sequence[MakeOptimizer] | None = None,
+        optimizer: Optimizers = None,
     ) -> None:
         if not tau > 0:
             raise ValueError(f"tau={tau}: give a number above 0; a large one moves freely.")
