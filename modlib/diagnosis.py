@@ -9,7 +9,8 @@ Every module has an objective of its own, so it can be examined alone. Three que
 
    its own objective minus the fresh copy's, both on images that neither was trained on. A healthy module
    has had more training than the fresh one: :math:`s_k \le 0`.
-2. *Is a block dead?* The share of a layer's channels that give the same number for every image.
+2. *Is a block dead?* The share of a layer's channels that, after the activation that follows, are
+   the same number for every image.
 3. *Are labels wrong?* For classes a and b, how many images labelled a lie nearest to b's mean, in features
    from modules that never saw these labels: half of the images train fresh copies, the other half are
    judged, and the other way round. **Which** images they are is returned.
@@ -23,7 +24,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -59,7 +60,8 @@ class ModuleCheck:
         fresh: that of a fresh copy after a short training alone, on the same inputs; for the last module
             that of the best linear head on its features.
         untrained: that of the fresh copy before.
-        dead: for each of its layers, the share of channels that are the same for every image.
+        dead: for each of its layers, the share of channels that are the same for every
+            image, after the activation that follows.
     """
 
     position: int
@@ -130,12 +132,14 @@ class Diagnosis:
     @property
     def faults(self) -> tuple[str, ...]:
         """Sentences; empty if nothing was found."""
-        found = [
-            f"module {check.position}, layer {layer}: {share:.0%} of its channels are dead"
-            for check in self.modules
-            for layer, share in check.dead.items()
-            if share >= _DEAD
-        ][:1]  # behind a dead layer all are
+        found: list[str] = []
+        for check, layer, share in self._layers():
+            if share >= _DEAD:
+                found.append(
+                    f"module {check.position}, layer {layer}: {share:.0%} of its channels are dead"
+                )
+            if share == 1.0:  # all layers behind it are dead too
+                break
         poor = [check for check in self.modules if check.shortfall >= _SHORT]
         found += [
             f"module {check.position}: a fresh copy, trained on the same inputs, is better by "
@@ -147,6 +151,11 @@ class Diagnosis:
         if float(self.labels.stray[self.labels.pair]) >= _STRAY:
             found.append(self._labels())
         return tuple(found)
+
+    def _layers(self) -> Iterator[tuple[ModuleCheck, str, float]]:
+        return (
+            (check, layer, share) for check in self.modules for layer, share in check.dead.items()
+        )
 
     def _labels(self) -> str:
         a, b = self.labels.pair

@@ -10,7 +10,7 @@ import torch
 
 import modlib
 from modlib.data import Dataset
-from modlib.diagnosis import diagnose
+from modlib.diagnosis import Diagnosis, LabelCheck, ModuleCheck, diagnose
 from modlib.methods import sgd
 
 SUPCON = modlib.objectives.SupCon(0.07, "relu-pool")
@@ -61,6 +61,18 @@ def test_a_dead_block_is_found(images: Dataset) -> None:
     faults = diagnose(net, images, SUPCON, label_epochs=6).faults
     assert faults[0] == "module 1, layer conv4: 100% of its channels are dead"
     assert not any("module 0" in fault or "module 2" in fault for fault in faults[1:])
+
+
+def test_behind_a_layer_that_is_wholly_dead_none_is_named() -> None:
+    def named(*shares: float) -> tuple[str, ...]:
+        layers = {f"conv{k}": share for k, share in enumerate(shares)}
+        check = ModuleCheck(0, objective=1.0, fresh=1.0, untrained=2.0, dead=layers)
+        labels = LabelCheck(torch.arange(2), torch.arange(2), classes=2)
+        return tuple(f[len("module 0, ") :] for f in Diagnosis((check,), labels, ("a", "b")).faults)
+
+    half, most = (f"layer conv{k}: {p}% of its channels are dead" for k, p in ((0, 50), (2, 75)))
+    assert named(0.5, 0.0, 0.75) == (half, most)
+    assert named(0.5, 0.0, 1.0, 1.0, 1.0) == (half, most.replace("75", "100"))
 
 
 def test_wrong_labels_are_found(images: Dataset) -> None:
