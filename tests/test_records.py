@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -81,6 +83,8 @@ def test_few_labels_are_measured_on_the_networks_that_a_run_kept(tmp_path: Path)
         assert 1 - accuracy <= bound + 1e-9  # the same draws
     saved = tmp_path / "results" / "few-labels" / "mnist-cnn-supcon-smoke-seed0.json"
     assert json.loads(saved.read_text()) == json.loads(json.dumps(record))
+    with pytest.raises(ValueError, match="exists; move it away"):
+        few_labels("mnist-cnn-supcon", **where)
 
 
 def test_the_modules_of_a_run_go_on_the_shelf(tmp_path: Path) -> None:
@@ -105,9 +109,21 @@ def test_transfer_goes_on_from_the_modules_it_kept(tmp_path: Path) -> None:
     first = transfer.run(**where)
     kept = sorted((tmp_path / "runs").rglob("*.pt"))
     times = [path.stat().st_mtime_ns for path in kept]
+    with pytest.raises(ValueError, match=r"smoke-seed0\.json exists"):
+        transfer.run(**where)
+    (tmp_path / "results" / "transfer" / "smoke-seed0.json").unlink()
     again = transfer.run(**where)
     assert len(kept) == len(first["tasks"]) == 3
     assert [path.stat().st_mtime_ns for path in kept] == times
     assert first["matrices"] == again["matrices"]
     for name, matrix in first["matrices"].items():
         assert len(matrix) == 3 and all(len(row) == 3 for row in matrix), name
+
+
+@pytest.mark.parametrize("experiment", ["certify", "few_labels", "shelve"])
+def test_a_command_says_in_one_sentence_what_is_missing(experiment: str, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", f"modlib.experiments.{experiment}", "cifar10-e2ebp"]
+    where = ["--results", str(tmp_path), "--runs", str(tmp_path)]
+    done = subprocess.run([*command, *where], capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.startswith("modlib: ")
+    assert "run the recipe first" in done.stderr and len(done.stderr.splitlines()) == 1

@@ -19,7 +19,7 @@ import torch
 
 from modlib.certificates import best_head, global_bound, optimality_gap
 from modlib.data import Dataset
-from modlib.experiments.kept import arguments, body, kept, mean_kernels
+from modlib.experiments.kept import arguments, body, kept, mean_kernels, told
 from modlib.experiments.run import Record, write
 from modlib.extract import extract
 from modlib.kernels import FeatureMap
@@ -111,4 +111,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    told(main)

@@ -23,10 +23,10 @@ from torch import nn
 
 from modlib.data import Dataset
 from modlib.experiments import environment
-from modlib.experiments.kept import arguments, body, kept, mean_kernels
+from modlib.experiments.kept import arguments, body, kept, mean_kernels, told
 from modlib.experiments.recipe import Profile, Recipe
 from modlib.experiments.recipes import RECIPES
-from modlib.experiments.run import Record, write
+from modlib.experiments.run import Record, check_absent, write
 from modlib.extract import extract
 from modlib.few_labels import (
     Features,
@@ -65,9 +65,11 @@ def few_labels(
         scratch: train from scratch on the drawn labels too.
 
     Raises:
-        ValueError: the run or its record is not there.
+        ValueError: the run or its record is not there, or it has been measured already.
     """
     run = kept(recipe, profile, seed, root, results, runs)
+    target = Path(results) / "few-labels" / run.target.name
+    check_absent(target)
     done, data, settings = run.record, run.data, RECIPES[recipe].profiles[profile]
     sizes = [n for n in SIZES if n <= _smallest_class(data)]
     first = [row for row in done["history"] if row["stage"] == 0]
@@ -93,7 +95,7 @@ def few_labels(
             str(n): [_from_scratch(RECIPES[recipe], settings, data, n, d) for d in range(DRAWS)]
             for n in sizes
         }
-    write(record, Path(results) / "few-labels" / run.target.name)
+    write(record, target)
     return record
 
 
@@ -166,4 +168,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    told(main)

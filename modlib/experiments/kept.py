@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -101,3 +102,11 @@ def arguments(description: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--results", default="book/results")
     parser.add_argument("--runs", default="runs")
     return parser
+
+
+def told(main: Callable[[], None]) -> None:
+    """Run a command; what is wrong is told in one sentence, as ``modlib`` tells it."""
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        sys.exit(f"modlib: {error}")

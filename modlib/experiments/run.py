@@ -63,8 +63,8 @@ def run(
     settings = recipe.profiles[profile]
     name = f"{recipe.name}-{profile}-seed{seed}"
     target = Path(results) / f"{name}.json"
-    if target.exists() and not resume:
-        raise ValueError(f"{target} exists; move it away to run this again, or give another seed.")
+    if not resume:
+        check_absent(target)
     where = pick_device(device)
     data = settings.load(root)
     loader = Loader(data, batch_size=settings.batch_size, device=where)
@@ -118,6 +118,12 @@ def write(record: Record, target: Path) -> None:
     temporary = target.with_name(f".{target.name}.{os.getpid()}")
     temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     os.replace(temporary, target)
+
+
+def check_absent(target: Path) -> None:
+    """Refuse to write over a record."""
+    if target.exists():
+        raise ValueError(f"{target} exists; move it away to run this again, or give another seed.")
 
 
 def _recipe(recipe: str | Recipe) -> Recipe:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from modlib import zoo
-from modlib.experiments.kept import arguments, kept
+from modlib.experiments.kept import arguments, kept, told
 from modlib.zoo import Card
 
 
@@ -60,4 +60,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    told(main)

@@ -24,10 +24,10 @@ from modlib import data as datasets
 from modlib import objectives, transfer, zoo
 from modlib.data import Dataset
 from modlib.experiments import environment
-from modlib.experiments.kept import arguments
+from modlib.experiments.kept import arguments, told
 from modlib.experiments.recipe import CIFAR10, Profile, trunk
 from modlib.experiments.recipes import KERNEL, OUTPUT_LR, RATES
-from modlib.experiments.run import Record, write
+from modlib.experiments.run import Record, check_absent, write
 from modlib.extract import extract
 from modlib.few_labels import Features, logistic_head
 from modlib.methods import ProxyObjective, sgd
@@ -74,7 +74,14 @@ def run(
 
     Args:
         profile, seed, root, results, runs, device: as for recipes' runs.
+
+    Raises:
+        ValueError: there is no such profile, or its record exists.
     """
+    if profile not in CLASSES:
+        raise ValueError(f"profile={profile!r}: the task map has {', '.join(CLASSES)}.")
+    target = Path(results) / "transfer" / f"{profile}-seed{seed}.json"
+    check_absent(target)
     classes, settings = CLASSES[profile], CIFAR10[profile]
     whole = datasets.load(settings.data, root, size=settings.size, classes=classes)
     tasks = list(itertools.combinations(range(len(classes)), 2))
@@ -98,7 +105,7 @@ def run(
         "matrices": {name: [row[name] for row in rows] for name in names},  # source × target
         "seconds": clock.means(),
     }
-    write(record, Path(results) / "transfer" / f"{profile}-seed{seed}.json")
+    write(record, target)
     return record
 
 
@@ -231,4 +238,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    told(main)
