@@ -78,7 +78,8 @@ def test_few_labels_are_measured_on_the_networks_that_a_run_kept(tmp_path: Path)
     (checkpoint,) = record["checkpoints"]
     assert checkpoint["epoch"] == 1 and record["sizes"] == [1, 2, 5, 10]
     ones = checkpoint["anchors"]["1"]
-    assert len(ones) == len(set(ones)) == len(checkpoint["counted"]) == 10
+    assert len(set(ones)) > 10 and len(checkpoint["logistic"]["1"]) == 10
+    assert len(ones) == len(checkpoint["counted"]) == len(checkpoint["misplaced"]) == 100
     for accuracy, bound in zip(ones, checkpoint["counted"], strict=True):
         assert 1 - accuracy <= bound + 1e-9  # the same draws
     saved = tmp_path / "results" / "few-labels" / "mnist-cnn-supcon-smoke-seed0.json"

@@ -4,8 +4,9 @@ Reads the networks that a run kept after its epochs, and for the features of eac
 head, trained with all pairs or, by E2EBP, with all labels) writes to
 ``book/results/few-labels/RECIPE-PROFILE-seedN.json``:
 
-- ``checkpoints``: for each epoch, test accuracies of heads trained on 1, 2, 5, 10 and 100 labels a class, ten
-  random draws each, and on all; and for one label a class the bounds of chapter 8;
+- ``checkpoints``: for each epoch, test accuracies of heads from 1, 2, 5, 10 and 100 labels a class (nearest
+  anchors in 100 random draws, linear heads in ten) and from all; for one label a class the bounds of
+  chapter 8, and how many of the drawn images are misplaced: nearer to another class's mean;
 - ``scratch``, with ``--scratch``: test accuracies of the same network trained end to end from its initial
   weights on those labels alone.
 """
@@ -31,6 +32,7 @@ from modlib.extract import extract
 from modlib.few_labels import (
     Features,
     anchor_bound,
+    anchors,
     draw,
     label_efficiency,
     logistic_head,
@@ -41,7 +43,8 @@ from modlib.methods import E2EBP, sgd
 from modlib.training import evaluate, fit
 
 SIZES = (1, 2, 5, 10, 100)
-DRAWS = 10
+DRAWS = 100  # of nearest anchors
+TRAINED = 10  # of those, on which heads or whole networks are trained
 _BOUNDED = 2000  # images whose Gram matrix gives the bound on all draws
 _STEPS = 400  # of training from scratch on a few images
 
@@ -92,7 +95,7 @@ def few_labels(
     }
     if scratch:
         record["scratch"] = {
-            str(n): [_from_scratch(RECIPES[recipe], settings, data, n, d) for d in range(DRAWS)]
+            str(n): [_from_scratch(RECIPES[recipe], settings, data, n, d) for d in range(TRAINED)]
             for n in sizes
         }
     write(record, target)
@@ -104,12 +107,15 @@ def measure(features: nn.Module, data: Dataset, sizes: Iterable[int]) -> dict[st
     train, test = extract(features, data, "train"), extract(features, data, "test")
     drawn = [draw(train[1], 1, seed) for seed in range(DRAWS)]
     bounds = [anchor_bound(train[0][chosen], *test) for chosen in drawn]  # draws are class by class
+    misplaced = (train[0] @ anchors(*train).T).argmax(1) != train[1]
     part = tuple(_first(split, _BOUNDED) for split in (train, test))
     return {
         "anchors": {str(n): label_efficiency(train, test, n, DRAWS) for n in sizes},
-        "logistic": {str(n): label_efficiency(train, test, n, DRAWS, "logistic") for n in sizes},
+        "logistic": {str(n): label_efficiency(train, test, n, TRAINED, "logistic") for n in sizes},
         "all_anchors": nearest_anchor(train, test),
         "all_logistic": logistic_head(train, test),
+        "misplaced": [int(misplaced[chosen].sum()) for chosen in drawn],
+        "misplaced_share": float(misplaced.double().mean()),
         "counted": [bound.counted for bound in bounds],
         "markov": [bound.markov for bound in bounds],
         "expected_bound": one_label_bound(*part),
