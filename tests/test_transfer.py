@@ -12,7 +12,13 @@ from torch import Tensor, nn
 
 import modlib
 from modlib.data import Dataset
-from modlib.transfer import leep, log_evidence, negative_conditional_entropy, score
+from modlib.transfer import (
+    centred_alignment,
+    leep,
+    log_evidence,
+    negative_conditional_entropy,
+    score,
+)
 
 
 def case(seed: int, n: int = 60, d: int = 5, classes: int = 3) -> tuple[Tensor, Tensor]:
@@ -92,6 +98,24 @@ def test_the_score_is_minus_the_objective(digits: Dataset) -> None:
     assert score(net[:-1], digits, objective, n=100) == -float(objective(outputs, labels))
 
 
+@pytest.mark.parametrize("classes", [2, 3, 5])
+def test_the_centred_alignment_needs_no_pairs(classes: int) -> None:
+    h, labels = case(classes, d=classes + 2, classes=classes)
+    objective = modlib.objectives.CentredAlignment("relu")
+    features = modlib.kernels.get("relu").features(h.double())
+    expected = -float(objective(h.double(), labels))
+    assert math.isclose(centred_alignment(features, labels), expected, rel_tol=1e-9)
+    assert centred_alignment(torch.ones(60, 4) / 3, labels) == 0.0
+
+
+def test_the_default_score_is_the_centred_alignment(digits: Dataset) -> None:
+    net = modlib.networks.cnn((4, 8), channels=1, size=8, stride=1, seed=0)
+    net = modlib.partition(net, ["features"])
+    objective = modlib.objectives.CentredAlignment("relu-pool")
+    expected = score(net[:-1], digits, objective, n=200)
+    assert math.isclose(score(net[:-1], digits, n=200), expected, rel_tol=1e-5)
+
+
 def test_extract_leaves_the_module_as_it_was_and_is_in_order(digits: Dataset) -> None:
     module = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(64)).train()
     before = {k: v.clone() for k, v in module.state_dict().items()}
@@ -111,6 +135,8 @@ def test_bad_input_is_refused(digits: Dataset) -> None:
         leep(torch.ones(1, 2), torch.tensor([0]))
     with pytest.raises(ValueError, match="features: give at least two rows"):
         log_evidence(torch.ones(1, 2), torch.tensor([0]))
+    with pytest.raises(ValueError, match="all are of one class"):
+        centred_alignment(torch.eye(3), torch.ones(3, dtype=torch.long))
     with pytest.raises(ValueError, match="one label for each of the 3"):
         leep(torch.eye(2)[[0, 1, 1]], torch.tensor([0, 1]))
     with pytest.raises(ValueError, match="give 1 to that many"):

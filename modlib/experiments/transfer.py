@@ -191,6 +191,7 @@ def _measures(
     measures: dict[str, Callable[[], float]] = {
         "accuracy": lambda: logistic_head(full, held),
         "linear probe": lambda: _probe((seen.features, y)),
+        "centred alignment, no pairs": lambda: transfer.centred_alignment(seen.features, y),
         "LogME": lambda: transfer.log_evidence(seen.features, y),
         "LEEP": lambda: transfer.leep(seen.logits.softmax(1), y),
         "NCE": lambda: transfer.negative_conditional_entropy(seen.logits.argmax(1), y),
