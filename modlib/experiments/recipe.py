@@ -120,8 +120,8 @@ class Recipe:
         return {"cut": self.cut, **self.note}
 
 
-def trunk(profile: Profile, data: Dataset, seed: int) -> nn.Module:
-    """The convolutional network of the CIFAR-10 recipes."""
+def trunk(profile: Profile, data: Dataset, seed: int, boundary: str = "before") -> nn.Module:
+    """The convolutional network of the CIFAR-10 recipes; its layers end before or after their ReLU."""
     channels, size, _ = data.shape
     return networks.cnn(
         profile.widths,
@@ -129,6 +129,7 @@ def trunk(profile: Profile, data: Dataset, seed: int) -> nn.Module:
         channels=channels,
         size=size,
         stride=profile.stride,
+        boundary=boundary,
         seed=seed,
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -21,6 +22,7 @@ from modlib.experiments.recipe import (
     resnet,
     steps,
     tanh_mlp,
+    trunk,
     vgg8b,
 )
 from modlib.methods import (
@@ -111,6 +113,22 @@ def _locally(key: str, modules: int, lr: float) -> Recipe:
     return Recipe(f"cifar10-{key}-k{modules}", modules, partial(method, make, modules), note)
 
 
+# Heads that see their module's output after its ReLU, as published; the same layers are cut.
+AFTER = ("greedy-1", "dgl", "pred", "mono-forward")
+_CUTS = {3: ("conv3", "conv5"), 6: ("conv2", "conv3", "conv4", "conv5", "conv6")}
+
+
+def _after(key: str, modules: int, lr: float) -> Recipe:
+    before = _locally(key, modules, lr)
+    return replace(
+        before,
+        name=f"cifar10-{key}-after-k{modules}",
+        cut=_CUTS[modules],
+        note={**before.note, "boundary": "after"},
+        build=partial(trunk, boundary="after"),
+    )
+
+
 def _vgg8b(name: str, method: Method, modules: int) -> Recipe:
     """As published by Nøkland & Eidnes 2019, but for our augmentation."""
     schedule = steps(0.25, 0.5, 0.75, 0.89, 0.94)
@@ -180,7 +198,12 @@ TUNED: dict[str, Callable[[float], Recipe]] = {
         f"cifar10-proxy-{key}": partial(_proxy, f"cifar10-proxy-{key}", make)
         for key, make in _PROXIES.items()
     },
-    **{f"cifar10-{key}-k3": partial(_locally, key, 3) for key in LOCAL if key != "dgl"},
+    **{
+        f"cifar10-{key}-k3": partial(_locally, key, 3)
+        for key in (*LOCAL, *OTHER_ORDER)
+        if key != "dgl"  # that is cifar10-dgl
+    },
+    **{f"cifar10-{key}-after-k3": partial(_after, key, 3) for key in AFTER},
 }
 
 # The best of those tried on held-out training images: book/results/tuning/cifar10.json (a test compares).
@@ -212,6 +235,12 @@ RATES: dict[str, float] = {
     "cifar10-auglocal-k3": 1.0,
     "cifar10-infopro-softmax-k3": 0.3,
     "cifar10-infopro-contrast-k3": 0.3,
+    "cifar10-greedy-1-together-k3": 0.3,
+    "cifar10-predsim-in-turn-k3": 0.01,
+    "cifar10-greedy-1-after-k3": 0.3,
+    "cifar10-dgl-after-k3": 1.0,
+    "cifar10-pred-after-k3": 0.003,
+    "cifar10-mono-forward-after-k3": 0.03,
 }
 
 _SUPCON = RATES["cifar10-proxy-supcon"]
@@ -227,8 +256,7 @@ RECIPES: dict[str, Recipe] = {
             for modules in (2, 3, 6)
             if (key, modules) != ("dgl", 3)  # that is cifar10-dgl
         ),
-        _locally("greedy-1-together", 3, RATES["cifar10-greedy-1-k3"]),
-        _locally("predsim-in-turn", 3, RATES["cifar10-predsim-k3"]),
+        *(_after(key, 6, RATES[f"cifar10-{key}-after-k3"]) for key in AFTER),
         _proxy("cifar10-proxy3-supcon", _PROXIES["supcon"], _SUPCON, "conv5"),
         _proxy("cifar10-long-supcon", _PROXIES["supcon"], _SUPCON, profiles=CIFAR10_LONG),
         _e2ebp("cifar10-long-e2ebp", RATES["cifar10-e2ebp"], profiles=CIFAR10_LONG),

@@ -96,7 +96,7 @@ def main() -> None:
         "epochs": options.epochs,
     }
     for name in options.names or TUNED:
-        adam = name.removeprefix("cifar10-").removesuffix("-k3") in ADAM
+        adam = name.removeprefix("cifar10-").removesuffix("-k3").removesuffix("-after") in ADAM
         tried = search(partial(_accuracy, TUNED[name], data, options.epochs), adam)
         table[name] = {str(lr): tried[lr] for lr in sorted(tried)}
         print(name, table[name], flush=True)

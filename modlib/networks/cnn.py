@@ -1,4 +1,4 @@
-"""A plain convolutional network, cut-able before every nonlinearity."""
+"""A plain convolutional network, cut-able before (or after) every nonlinearity."""
 
 from __future__ import annotations
 
@@ -13,12 +13,20 @@ from modlib.networks.seeding import seeded
 
 
 class ConvUnit(nn.Sequential):
-    """[ReLU →] 3×3 convolution → batch norm. It ends before the nonlinearity, where modules may end."""
+    """[ReLU →] 3×3 convolution → batch norm [→ ReLU]: kept whole when a network is cut."""
 
-    def __init__(self, channels_in: int, channels: int, stride: int, first: bool) -> None:
+    def __init__(
+        self,
+        channels_in: int,
+        channels: int,
+        stride: int,
+        first: bool,
+        boundary: str = "before",
+    ) -> None:
         convolution = nn.Conv2d(channels_in, channels, 3, stride, padding=1, bias=False)
-        layers = [convolution, nn.BatchNorm2d(channels)]
-        super().__init__(*layers if first else [nn.ReLU(), *layers])
+        start = [] if first or boundary == "after" else [nn.ReLU()]
+        end = [nn.ReLU()] if boundary == "after" else []
+        super().__init__(*start, convolution, nn.BatchNorm2d(channels), *end)
 
 
 def cnn(
@@ -28,13 +36,15 @@ def cnn(
     channels: int = 3,
     size: int = 32,
     stride: int = 2,
+    boundary: str = "before",
     kernel: str = "relu-pool",
     seed: int | None = None,
 ) -> nn.Sequential:
     """Blocks of two 3×3 convolutions with batch norm, a feature map of unit norm, a linear layer.
 
     Its layers are ``conv1`` … ``conv{2B}``, ``features`` and ``head``. Every convolution unit ends
-    before its nonlinearity, so a cut anywhere is a cut where the theorems want it.
+    before its nonlinearity, so a cut anywhere is a cut where the theorems of proxy objectives want
+    it; papers on auxiliary heads cut after it.
 
     Args:
         widths: channels of each of the B blocks. All blocks but the first halve the image's side.
@@ -42,23 +52,31 @@ def cnn(
         channels: of the image, 3 for colour.
         size: side H = W of the images, in pixels.
         stride: of the first convolution; 2 makes everything after it four times cheaper.
+        boundary: "before" lets each convolution begin with the ReLU of the one before it; "after"
+            lets it end with its own. With a kernel whose first step is a ReLU ("relu-pool") both are
+            the same function of the image, cut in other places.
         kernel: of the feature map in front of the linear layer.
         seed: of the initial weights; None takes PyTorch's global state.
 
     Returns:
         A network from images (N, channels, H, W) to logits (N, classes).
 
+    Raises:
+        ValueError: ``boundary`` is neither "before" nor "after".
+
     >>> import torch
     >>> cnn(seed=0)(torch.zeros(2, 3, 32, 32)).shape
     torch.Size([2, 10])
     """
+    if boundary not in ("before", "after"):
+        raise ValueError(f"boundary={boundary!r}: choose 'before' or 'after' the nonlinearity.")
     with seeded(seed):
         layers: OrderedDict[str, nn.Module] = OrderedDict()
         before = channels
         for block, width in enumerate(widths):
             step = 2 if block else stride
-            layers[f"conv{2 * block + 1}"] = ConvUnit(before, width, step, first=block == 0)
-            layers[f"conv{2 * block + 2}"] = ConvUnit(width, width, 1, first=False)
+            layers[f"conv{2 * block + 1}"] = ConvUnit(before, width, step, block == 0, boundary)
+            layers[f"conv{2 * block + 2}"] = ConvUnit(width, width, 1, False, boundary)
             before = width
         return with_head(layers, kernel, classes, (channels, size, size))
 
