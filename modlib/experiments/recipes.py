@@ -239,8 +239,8 @@ RATES: dict[str, float] = {
     "cifar10-predsim-in-turn-k3": 0.01,
     "cifar10-greedy-1-after-k3": 0.3,
     "cifar10-dgl-after-k3": 1.0,
-    "cifar10-pred-after-k3": 0.003,
-    "cifar10-mono-forward-after-k3": 0.03,
+    "cifar10-pred-after-k3": 0.03,
+    "cifar10-mono-forward-after-k3": 0.1,
 }
 
 _SUPCON = RATES["cifar10-proxy-supcon"]
