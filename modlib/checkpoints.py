@@ -8,8 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 State = dict[str, Any]
+
+_PLAIN = (bool, int, float, complex, str, bytes, type(None))
 
 
 class Checkpoint:
@@ -61,7 +64,12 @@ class Checkpoint:
 
 
 def save_whole(state: State, path: Path) -> None:
-    """Write a state whole or not at all."""
+    """Write a state whole or not at all.
+
+    Raises:
+        ValueError: the state holds what ``read_whole`` would refuse to read; nothing is written.
+    """
+    _check_plain(state, "")
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")  # one name: what a kill leaves is overwritten
     try:
@@ -81,6 +89,22 @@ def read_whole(path: Path) -> State:
             raise zipfile.BadZipFile(broken)
     state: State = torch.load(path, weights_only=True, map_location="cpu")
     return state
+
+
+def _check_plain(value: Any, where: str) -> None:
+    """What can be read back: tensors, and Python's own numbers, strings, lists, tuples, dicts, None."""
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            _check_plain(key, where)
+            _check_plain(inner, f"{where}.{key}" if where else str(key))
+    elif isinstance(value, list | tuple):
+        for inner in value:
+            _check_plain(inner, where)
+    elif type(value) not in _PLAIN and not isinstance(value, Tensor):
+        raise ValueError(
+            f"{where} holds {value!r:.60} of type {type(value).__name__}, which a file would not give "
+            "back; make it a plain Python number, string, list or dict, or a tensor."
+        )
 
 
 def random_state() -> State:

@@ -47,6 +47,7 @@ from modlib.pairs import fit_pairs, same_class
 _DEAD = 0.5  # share of constant channels from which a layer is called dead
 _SHORT = 0.1  # shortfall, over the larger gain, from which a module is called poor
 _NOTHING = 1e-3  # gain, over the untrained objective, below which a module cannot be judged
+_BATCH = 128  # images a step of fit_pairs, which trains on halves
 _STRAY = 0.1  # share of a class from which its labels are called wrong
 
 
@@ -204,7 +205,8 @@ def diagnose(
         seed: of the fresh copies.
 
     Raises:
-        ValueError: the network has no hidden module, or does not end in a linear layer; and what
+        ValueError: the network has no hidden module, does not end in a linear layer, or a module gives
+            NaN or infinity; there are too few training images to halve; a class has none; and what
             ``modlib.fit_pairs`` raises.
 
     >>> import modlib
@@ -226,11 +228,13 @@ def diagnose(
             "net: its last layer is not linear, but the head is compared with the best linear one; end "
             "the network in nn.Linear."
         )
+    _check_data(data)
     hidden = net[:-1]
     device = next(net.parameters()).device
     loader = Loader(data, "test", device=device, shuffle=False, drop_last=False)
     x, y = loader.sample(min(n, loader.n))
     train = partial(_trained, objective=objective, optimizer=optimizer, seed=seed, device=device)
+    _check_finite(net, x)
     checks = []
     for k in range(len(hidden)):
         trained = hidden[: k + 1]
@@ -243,6 +247,28 @@ def diagnose(
     checks.append(_check_head(net, data, len(x)))
     labels = _check_labels(hidden, data, objective.kernel, judges, seed)
     return Diagnosis(tuple(checks), labels, data.classes)
+
+
+def _check_data(data: Dataset) -> None:
+    counts = np.bincount(data.train_labels, minlength=len(data.classes))
+    if len(data.train_labels) < 2 * _BATCH or counts.min() < 2:
+        raise ValueError(
+            f"data: the labels are judged in two halves, but {data.name!r} has {counts.sum()} training "
+            f"images and {counts.min()} of class {data.classes[counts.argmin()]!r}; give at least "
+            f"{2 * _BATCH} and 2."
+        )
+
+
+def _check_finite(net: ModularNetwork, x: Tensor) -> None:
+    h = x
+    with evaluating(net):
+        for k, module in enumerate(net):
+            h = module(h)
+            if not bool(h.isfinite().all()):
+                raise ValueError(
+                    f"net: module {k} gives NaN or infinity, so nothing after it can be examined; train "
+                    "it again, at a lower rate."
+                )
 
 
 def _fresh(modules: ModularNetwork, redrawn: Sequence[int], seed: int) -> ModularNetwork:

@@ -60,7 +60,7 @@ def anchor_bound(anchors: Tensor, features: Tensor, labels: Tensor) -> AnchorBou
         labels: (n,) in 0..C-1.
 
     Raises:
-        ValueError: shapes do not agree, or a norm is above 1.
+        ValueError: shapes do not agree, or a norm is above 1 or not finite.
 
     >>> import torch
     >>> anchors = torch.eye(2)
@@ -69,7 +69,7 @@ def anchor_bound(anchors: Tensor, features: Tensor, labels: Tensor) -> AnchorBou
     >>> found.error, found.counted    # only the third is nearer to the other anchor
     (0.25, 0.25)
     """
-    _check(anchors, features, labels)
+    _check_unit(anchors, features, labels)
     anchors, features = anchors.double(), features.double()
     among = (anchors @ anchors.T).fill_diagonal_(-1.0)
     nearest = among.max(1).values
@@ -95,13 +95,14 @@ def draw(labels: Tensor, per_class: int, seed: int = 0) -> Tensor:
     """Positions (C · per_class,) of examples drawn at random, the same number from every class.
 
     Raises:
-        ValueError: a class has fewer examples.
+        ValueError: a class has fewer examples, or the labels are no int64 (n,).
 
     >>> import torch
     >>> labels = torch.tensor([0, 1, 0, 1, 1])
     >>> labels[draw(labels, 2)].tolist()
     [0, 0, 1, 1]
     """
+    check_labels(labels, labels.numel(), int(labels.max()) + 1 if labels.numel() else 0)
     counts = torch.bincount(labels)
     if not 1 <= per_class <= int(counts.min()):
         raise ValueError(
@@ -118,12 +119,16 @@ def draw(labels: Tensor, per_class: int, seed: int = 0) -> Tensor:
 def anchors(features: Tensor, labels: Tensor) -> Tensor:
     """The direction of each class's mean: unit vectors (C, D) from features (n, D), labels (n,).
 
+    Raises:
+        ValueError: shapes do not agree, features are not finite, or a class has no example.
+
     >>> import torch
     >>> anchors(torch.tensor([[3.0, 0.0], [0.0, 1.0], [0.0, 2.0]]), torch.tensor([0, 1, 1]))
     tensor([[1., 0.],
             [0., 1.]])
     """
-    sums = features.new_zeros(int(labels.max()) + 1, features.shape[1])
+    classes = _classes(features, labels)
+    sums = features.new_zeros(classes, features.shape[1])
     return F.normalize(sums.index_add_(0, labels, features), dim=1)
 
 
@@ -150,13 +155,9 @@ def one_label_bound(train: Features, test: Features) -> float:
     >>> one_label_bound(collapsed, collapsed)
     0.0
     """
-    classes = int(train[1].max()) + 1
+    classes = _classes(*train)
     for features, labels in (train, test):
-        _check(features.new_zeros(classes, features.shape[1]), features, labels)
-    if int(torch.bincount(train[1]).min()) == 0:
-        raise ValueError(
-            "train: a class has no example to draw an anchor from; number them 0 to C-1."
-        )
+        _check_unit(features.new_zeros(classes, features.shape[1]), features, labels)
     shares = torch.bincount(test[1], minlength=classes).double() / len(test[1])
     groups = [train[0][train[1] == c].double() for c in range(classes)]
     total = 0.0
@@ -196,7 +197,8 @@ def label_efficiency(
             least cross-entropy + 0.001 · ‖W‖².
 
     Raises:
-        ValueError: the head is unknown, or a class has too few examples.
+        ValueError: the head is unknown, a class has too few examples, or features and labels do not
+            fit.
 
     >>> import modlib
     >>> data = modlib.data.load("digits")
@@ -207,6 +209,7 @@ def label_efficiency(
     """
     if head not in _HEADS:
         raise ValueError(f"head={head!r} is unknown; choose from {', '.join(_HEADS)}.")
+    _classes(*train)
     accuracies = []
     for seed in range(draws):
         chosen = draw(train[1], per_class, seed)
@@ -215,13 +218,23 @@ def label_efficiency(
 
 
 def nearest_anchor(train: Features, test: Features) -> float:
-    """Accuracy on test features of the head whose class vectors are the training means' directions."""
-    scores = test[0] @ anchors(*train).T
-    return _accuracy(scores, test[1])
+    """Accuracy on test features of the head whose class vectors are the training means' directions.
+
+    Raises:
+        ValueError: what ``anchors`` raises; the test features or labels do not fit.
+    """
+    directions = anchors(*train)
+    _check(test[0], test[1], len(directions))
+    return _accuracy(test[0] @ directions.T, test[1])
 
 
 def logistic_head(train: Features, test: Features, penalty: float = 1e-3) -> float:
-    """Accuracy on test features of the linear head of least cross-entropy + penalty · ‖W‖²."""
+    """Accuracy on test features of the linear head of least cross-entropy + penalty · ‖W‖².
+
+    Raises:
+        ValueError: as ``nearest_anchor``.
+    """
+    _check(test[0], test[1], _classes(*train))
     return _accuracy(logistic_scores(train, test[0], penalty), test[1].cpu())
 
 
@@ -238,7 +251,29 @@ def _accuracy(scores: Tensor, labels: Tensor) -> float:
     return float((scores.argmax(1) == labels).double().mean())
 
 
-def _check(anchors: Tensor, features: Tensor, labels: Tensor) -> None:
+def _check(features: Tensor, labels: Tensor, classes: int) -> None:
+    if features.dim() != 2 or not bool(features.isfinite().all()):
+        raise ValueError(
+            f"features: give a matrix (n, D) of finite numbers, not shape {tuple(features.shape)}"
+            f"{' with NaN or infinity' * (features.dim() == 2)}."
+        )
+    check_labels(labels, len(features), classes)
+
+
+def _classes(features: Tensor, labels: Tensor) -> int:
+    """How many classes there are, after checking that every one of them occurs."""
+    classes = int(labels.max()) + 1 if labels.numel() else 0
+    _check(features, labels, classes)
+    counts = torch.bincount(labels)
+    if int(counts.min()) == 0:
+        raise ValueError(
+            f"labels: class {int(counts.argmin())} has no example; give each of 0 to {classes - 1} one "
+            "at least."
+        )
+    return classes
+
+
+def _check_unit(anchors: Tensor, features: Tensor, labels: Tensor) -> None:
     if features.dim() != 2 or anchors.dim() != 2 or features.shape[1] != anchors.shape[1]:
         raise ValueError(
             f"anchors, features: their shapes are {tuple(anchors.shape)} and {tuple(features.shape)}; "
@@ -246,7 +281,7 @@ def _check(anchors: Tensor, features: Tensor, labels: Tensor) -> None:
         )
     check_labels(labels, len(features), len(anchors))
     for name, vectors in (("anchors", anchors), ("features", features)):
-        if float(vectors.norm(dim=1).max()) > 1 + 1e-4:
+        if not float(vectors.norm(dim=1).max()) <= 1 + 1e-4:  # NaN is not below anything
             raise ValueError(
-                f"{name}: a norm is above 1; take unit vectors, as extract(kernel=...) gives."
+                f"{name}: a norm is above 1 or not finite; take unit vectors, as extract(kernel=...) gives."
             )

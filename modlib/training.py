@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -10,6 +11,7 @@ from numbers import Integral
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -169,7 +171,7 @@ def fit(
             _describe_method(method, net, stages),
             _listed(f"{type(o).__name__}({o.extra_repr()})" for s in stages for o in s.objectives),
             _listed(f"{type(o).__name__} {o.defaults}" for s in stages for o in s.optimizers),
-            f"{data.name} ({loader.n} images)",
+            f"{data.name} ({loader.n} images, checksum {_checksum(data)})",
         )
         for stage in stages:
             stage.check(loader)
@@ -318,6 +320,9 @@ def evaluate(
         data: what it is evaluated on.
         split: "test" or "train"; the training images are not augmented here.
 
+    Raises:
+        ValueError: the network gives no logit for each class.
+
     >>> import modlib
     >>> digits = modlib.data.load("digits")
     >>> modlib.evaluate(modlib.networks.mlp([64, 10]), digits).n == len(digits.test_labels)
@@ -331,6 +336,11 @@ def evaluate(
     with evaluating(net):
         for x, y in loader.epoch(0, 0):
             logits = net(x.to(reference.dtype)).float()
+            if logits.dim() != 2 or logits.shape[1] < len(data.classes):
+                raise ValueError(
+                    f"net: it gives outputs {tuple(logits.shape)} for {len(y)} images, but {data.name!r} "
+                    f"has {len(data.classes)} classes; end it in that many logits."
+                )
             correct += (logits.argmax(1) == y).sum()
             loss += F.cross_entropy(logits, y, reduction="sum")
     return Evaluation(correct.item() / loader.n, loss.item() / loader.n, loader.n)
@@ -427,6 +437,13 @@ def _tensor_shapes(state: dict[str, Any]) -> dict[str, tuple[int, ...]]:
 def _describe_method(method: Method, net: ModularNetwork, stages: Sequence[Stage]) -> str:
     options = {k: v for k, v in vars(method).items() if isinstance(v, (int, float, str))}
     return f"{type(method).__name__} {options} of {len(net)} modules in {len(stages)} stages"
+
+
+def _checksum(data: Dataset) -> str:
+    """Of the training labels and a few of the images: another subset of the same size has another."""
+    count = len(data.train_labels)
+    few = np.ascontiguousarray(data.train_images[:: -(-count // 16)])
+    return f"{zlib.crc32(few.tobytes(), zlib.crc32(np.array(data.train_labels).tobytes())):08x}"
 
 
 def _listed(descriptions: Iterable[str]) -> str:

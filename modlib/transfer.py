@@ -50,7 +50,8 @@ def score(
         n: look at the first n images (an objective forms the n² numbers of their pairs); None for all.
 
     Raises:
-        ValueError: the images have one class only; n is below 1.
+        ValueError: the images have one class only; n is below 1; there is no such split; the features
+            are not finite.
 
     >>> import modlib
     >>> net = modlib.partition(modlib.networks.mlp([64, 32, 10], kernel="relu", seed=0), ["features"])
@@ -62,7 +63,7 @@ def score(
     >>> score(net[:-1], task, aligned, n=None) > before
     True
     """
-    count = None if n is None else min(n, len(getattr(data, f"{split}_labels")))
+    count = None if n is None else min(n, len(data.part(split)[1]))
     if objective is None:
         return centred_alignment(*extract(module, data, split, kernel="relu-pool", n=count))
     outputs, labels = extract(module, data, split, n=count)
@@ -106,7 +107,7 @@ def centred_alignment(features: Tensor, labels: Tensor) -> float:
 
 
 def log_evidence(features: Tensor, labels: Tensor, steps: int = 100) -> float:
-    """LogME: mean over classes of the log evidence per example of a Bayesian linear regression.
+    """LogME: mean over the classes that occur of the log evidence per example of a Bayesian linear regression.
 
     Args:
         features: (n, D).
@@ -114,7 +115,7 @@ def log_evidence(features: Tensor, labels: Tensor, steps: int = 100) -> float:
         steps: at most so many updates of the two precisions; they stop when nothing changes.
 
     Raises:
-        ValueError: shapes do not agree, or there are fewer than two examples.
+        ValueError: shapes do not agree, features are not finite, or there are fewer than two examples.
 
     >>> labels = torch.arange(100) % 2
     >>> noise = torch.randn(100, 5, generator=torch.Generator().manual_seed(0))
@@ -122,11 +123,11 @@ def log_evidence(features: Tensor, labels: Tensor, steps: int = 100) -> float:
     True
     """
     _check("features", features, labels)
-    classes = int(labels.max()) + 1
     left, singular, _ = torch.linalg.svd(features.double(), full_matrices=False)
-    targets = F.one_hot(labels, classes).double()
-    total = sum(_evidence(left, singular, targets[:, c], steps) for c in range(classes))
-    return total / classes
+    spanned = singular > 1e-12 * singular[0]  # directions that features have at all
+    left, singular = left[:, spanned], singular[spanned]
+    targets = [(labels == c).double() for c in sorted(set(labels.tolist()))]  # those that occur
+    return sum(_evidence(left, singular, target, steps) for target in targets) / len(targets)
 
 
 def _evidence(left: Tensor, singular: Tensor, target: Tensor, steps: int) -> float:
@@ -197,3 +198,5 @@ def _check(name: str, rows: Tensor, labels: Tensor) -> None:
             f"{name}: give at least two rows, as a matrix, not shape {tuple(rows.shape)}."
         )
     check_labels(labels, len(rows), int(labels.max()) + 1)
+    if not bool(rows.isfinite().all()):
+        raise ValueError(f"{name}: they hold NaN or infinity; is the module trained and alive?")

@@ -78,7 +78,8 @@ def save(
         notes: plain data to keep with it, such as ``recipe="..."``.
 
     Raises:
-        ValueError: the file exists, or the module does not run on inputs of that shape.
+        ValueError: the file exists, the module does not run on inputs of that shape or gives NaN or
+            infinity, or a note is no plain data.
 
     >>> import tempfile
     >>> path = Path(tempfile.mkdtemp()) / "layer.pt"
@@ -91,9 +92,11 @@ def save(
     path = Path(path)
     if path.exists():
         raise ValueError(f"path: {path} exists; give another name, or move it away.")
-    shape = tuple(input_shape)
+    shape = tuple(int(side) for side in input_shape)
     probe = torch.randn(_PROBES, *shape, generator=torch.Generator().manual_seed(0))
     outputs = _outputs(module, probe, f"input_shape: {name}")
+    if not bool(outputs.isfinite().all()):
+        raise ValueError(f"module: {name} gives NaN or infinity; save one that works.")
     card = Card(name, shape, tuple(outputs.shape[1:]), behind, fingerprint(module, behind), notes)
     weights = {key: value.detach().cpu() for key, value in module.state_dict().items()}
     state = {"card": asdict(card), "weights": weights, "probe": probe, "outputs": outputs}
@@ -168,7 +171,8 @@ def shelve(
         notes: plain data to keep with each module.
 
     Raises:
-        ValueError: one of the files exists, and then none is written; or what ``save`` raises.
+        ValueError: one of the files exists, and then none is written; the name is a path; or what
+            ``save`` raises.
 
     >>> import modlib, tempfile
     >>> net, other = (modlib.partition(modlib.networks.mlp([64, 32, 10]), modules=2) for _ in range(2))
@@ -177,6 +181,8 @@ def shelve(
     >>> cards[1].behind == cards[0].fingerprint, take(other, folder, "digits") == cards
     (True, True)
     """
+    if not name or Path(name).name != name:
+        raise ValueError(f"name={name!r}: give a name without folders; those belong in folder.")
     paths = _paths(net, folder, name)
     for path in paths:
         if path.exists():

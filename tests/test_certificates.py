@@ -612,6 +612,8 @@ def test_network_on_a_data_set(digits: Dataset) -> None:
     assert optimality_gap(network, digits, split="test").n == 200
     one_module = nn.Sequential(nn.Sequential(*network[0], *network[1]))
     assert optimality_gap(one_module, digits).gap == pytest.approx(report.gap, abs=1e-6)
+    inside = nn.Sequential(network[0], nn.Sequential(network[1][0], nn.Sequential(network[1][1])))
+    assert optimality_gap(inside, digits).gap == pytest.approx(report.gap, abs=1e-6)
     tanh = _network(nn.Sequential(FeatureMap("tanh"), nn.Linear(16, 10)))
     assert optimality_gap(tanh, digits).floor == -1
 

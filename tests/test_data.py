@@ -235,7 +235,7 @@ def zero_std(data: dict[str, Any]) -> None:
         (not_a_number, "train_images holds NaN or infinity"),
         (tensors, "train_images is a Tensor"),
         (short_mean, "mean and std need 3 numbers"),
-        (zero_std, "std above 0"),
+        (zero_std, "finite, std above 0"),
     ],
 )
 def test_a_wrong_array_is_named(spoil: Callable[[dict[str, Any]], None], message: str) -> None:

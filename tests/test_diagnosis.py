@@ -99,3 +99,12 @@ def test_a_network_without_hidden_modules_is_refused(images: Dataset) -> None:
     modules = modlib.partition(torch.nn.Sequential(net, torch.nn.Identity()), ["0.features"])
     with pytest.raises(ValueError, match="its last layer is not linear"):
         diagnose(modules, images, SUPCON)
+
+
+def test_what_cannot_be_examined_is_refused_at_once(images: Dataset) -> None:
+    net = modlib.partition(modlib.networks.cnn((8, 8), seed=0), ["conv3", "features"])
+    with pytest.raises(ValueError, match=r"200 training images .* give at least 256"):
+        diagnose(net, images.subset(n_train=200), SUPCON)
+    next(net[1].parameters()).data.fill_(float("nan"))
+    with pytest.raises(ValueError, match="module 1 gives NaN or infinity"):
+        diagnose(net, images, SUPCON)

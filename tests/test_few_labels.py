@@ -4,13 +4,22 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from modlib.few_labels import anchor_bound, anchors, draw, label_efficiency, one_label_bound
+from modlib.few_labels import (
+    anchor_bound,
+    anchors,
+    draw,
+    label_efficiency,
+    logistic_head,
+    nearest_anchor,
+    one_label_bound,
+)
 
 
 def random_case(seed: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -142,9 +151,35 @@ def test_bad_input_is_refused() -> None:
         draw(labels, 2)
     with pytest.raises(ValueError, match="labels from 0 to 2"):
         one_label_bound((unit, labels), (unit, torch.tensor([0, 2])))
-    with pytest.raises(ValueError, match="a class has no example"):
+    with pytest.raises(ValueError, match="class 1 has no example"):
         one_label_bound((unit, torch.tensor([0, 2])), (unit, labels))
     with pytest.raises(ValueError, match="features: a norm is above 1"):
         one_label_bound((unit, labels), (2 * unit, labels))
     with pytest.raises(ValueError, match="choose from anchors, logistic"):
         label_efficiency((unit, labels), (unit, labels), 1, head="svm")
+
+
+@pytest.mark.parametrize("head", [nearest_anchor, logistic_head])
+def test_features_and_labels_must_fit(head: Callable[..., float]) -> None:
+    unit, labels = torch.eye(3), torch.arange(3)
+    good = unit, labels
+    for train, test, message in (
+        (good, (unit, labels[:, None]), "one label for each of the 3"),
+        (good, (unit, labels[:1]), "one label for each of the 3"),
+        (good, (unit[:0], labels[:0]), "at least one"),
+        (good, (unit / 0, labels), "finite numbers"),
+        ((unit / 0, labels), good, "finite numbers"),
+        ((unit, labels * 2), good, "class 1 has no example"),
+        ((unit, labels.int()), good, "labels are int64"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            head(train, test)
+    with pytest.raises(ValueError, match="one label for each of the 3"):
+        label_efficiency((unit, labels[:2]), good, 1)
+
+
+def test_anchors_that_are_not_numbers_prove_nothing() -> None:
+    unit, labels = torch.eye(2), torch.tensor([0, 1])
+    for own, features in ((unit, unit * torch.nan), (unit * torch.nan, unit)):
+        with pytest.raises(ValueError, match="not finite"):
+            anchor_bound(own, features, labels)

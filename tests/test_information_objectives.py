@@ -147,6 +147,9 @@ def test_hsic_refuses_what_it_cannot_use() -> None:
         HSIC(classes=4)(h, y)
     with pytest.raises(ValueError, match="classes=None"):
         HSIC().local(h, y, h)
+    for wrong in (y + 1, y.int(), y[:3]):
+        with pytest.raises(ValueError, match="y "):
+            HSIC(classes=4).local(h, wrong, h)
     for a, b in ((h, h[:3]), (h[:1], h[:1]), (h, h[None])):
         with pytest.raises(ValueError, match="two batches of vectors"):
             nhsic(a, b)
@@ -244,6 +247,8 @@ def test_infonce_refuses_what_it_cannot_use() -> None:
     ready = InfoNCE(1, grid=3).for_module((4,), 10)
     with pytest.raises(ValueError, match="h holds 17 patches, no multiple of grid² = 9"):
         ready(torch.zeros(17, 4), torch.zeros(2))
+    with pytest.raises(ValueError, match="h holds 0 patches"):
+        ready(torch.zeros(0, 4), torch.zeros(0))
     with pytest.raises(ValueError, match="no predictors yet"):
         InfoNCE(1, grid=3)(torch.zeros(18, 4), torch.zeros(2))
     with pytest.raises(ValueError, match=r"needs outputs \(C,\) or \(C, H, W\)"):

@@ -654,6 +654,25 @@ def test_labels_that_do_not_fit_are_refused(name: str) -> None:
     for label in (CLASSES, -1):
         with pytest.raises(ValueError, match=f"y holds labels from .*there are {CLASSES} classes"):
             READY[name](h, torch.tensor([0, 1, label, 2]))
+    for dtype in (torch.int32, torch.float32, torch.bool):
+        with pytest.raises(ValueError, match="labels are int64"):
+            READY[name](h, torch.zeros(4, dtype=dtype))
+    with pytest.raises(ValueError, match=r"at least one\), but has shape \(0,\)"):
+        READY[name](h[:0], torch.zeros(0).long())
+
+
+def test_logits_are_vectors() -> None:
+    for objective in (CrossEntropy(), AuxiliaryClassifier(nn.Identity())):
+        with pytest.raises(ValueError, match=r"logits must be .* but have shape \(4, 3, 2, 2\)"):
+            objective(torch.randn(4, 3, 2, 2), torch.zeros(4).long())
+
+
+def test_a_network_of_ones_own_that_is_not_trained_stays_as_it_is() -> None:
+    head = nn.Linear(6, 3)
+    objective = AuxiliaryClassifier(head, trainable=False)
+    h = torch.randn(8, 6, requires_grad=True)
+    objective(h, torch.arange(8) % 3).backward()
+    assert h.grad is not None and head.weight.grad is None
 
 
 @pytest.mark.parametrize("kind", ["greedy-1", "greedy-2", "greedy-3", "cnn"])

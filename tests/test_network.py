@@ -129,6 +129,15 @@ def test_training_the_modules_trains_the_network() -> None:
     assert torch.equal(whole.eval()(torch.ones(2, 1, 8, 8)), cut.eval()(torch.ones(2, 1, 8, 8)))
 
 
+def test_the_side_of_the_relu_on_which_modules_end_leaves_the_network_as_it_is() -> None:
+    x = torch.randn(2, 3, 32, 32)
+    before, after = (networks.cnn((4, 8), seed=0, boundary=b) for b in ("before", "after"))
+    torch.testing.assert_close(before(x), after(x))
+    assert bool((after[0](x) >= 0).all()) and bool((before[0](x) < 0).any())
+    with pytest.raises(ValueError, match="choose 'before' or 'after'"):
+        networks.cnn(boundary="middle")
+
+
 def test_no_module_overwrites_another_modules_output() -> None:
     """A module that begins with an activation in place is handed somebody else's tensor."""
     for cuts in (["features.2", "relu"], ["features.2", "hidden", "relu"]):

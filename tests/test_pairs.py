@@ -113,11 +113,22 @@ def test_only_refuses_modules_that_train_together_or_are_not_there(digits: Datas
     together = modlib.methods.LocalLearning()
     for method, modules, message in (
         (together, [0], "trains them together"),
+        (modlib.methods.E2EBP(), [0], "not by themselves"),
         (modlib.methods.ProxyObjective(PROXIES[0]), [3], "no module 3 among 3"),
         (modlib.methods.ProxyObjective(PROXIES[0]), [], "at least one module"),
     ):
         with pytest.raises(ValueError, match=message):
             modlib.fit(net(), modlib.methods.Only(method, modules), digits, progress=False)
+
+
+def test_a_kernel_that_does_not_fit_a_later_module_is_refused_at_once(digits: Dataset) -> None:
+    net = modlib.networks.cnn((4, 8, 8), channels=1, size=8, stride=1, kernel="relu")
+    hidden = modlib.partition(net, ["conv3", "conv5", "features"])[:-1]
+    before = [p.clone() for p in hidden.parameters()]
+    pooled = modlib.objectives.SupCon(kernel="relu-pool")
+    with pytest.raises(ValueError, match=r"pools 4×4 windows"):
+        fit_pairs(hidden, pooled, digits.train_images, same_class(digits.train_labels))
+    assert all(torch.equal(a, b) for a, b in zip(before, hidden.parameters(), strict=True))
 
 
 def test_a_new_head_on_old_modules(digits: Dataset) -> None:

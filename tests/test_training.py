@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -213,9 +214,10 @@ def test_a_checkpoint_of_another_run_is_refused(
 def test_a_checkpoint_of_other_data_or_another_network_is_refused(
     checkpoint: Path, digits: Dataset
 ) -> None:
-    less = digits.subset(n_train=300)
     run = partial(refused, checkpoint, epochs=1, resume=True)
-    run(r"data='digits \(512 images\)'", small_net(), LocalLearning(), less)
+    less, others = digits.subset(n_train=300), digits.subset(n_train=512, seed=9)
+    for data in (less, replace(digits, train_images=others.train_images)):
+        run(r"data='digits \(512 images, checksum", small_net(), LocalLearning(), data)
     wider = partition(networks.mlp([64, 16, 20, 10], kernel="relu"), 2)
     run("weights of another network", wider, LocalLearning(), digits)
 
@@ -315,6 +317,19 @@ def test_measurements_can_be_added_to_a_row(digits: Dataset, tmp_path: Path) -> 
     history = run(checkpoint=path)
     assert history.final["weights"] == 64 * 16 + 16 + 16 * 16 + 16 + 16 * 10 + 10
     assert run(checkpoint=path, resume=True) == history
+
+
+def test_a_measurement_that_no_checkpoint_could_give_back_is_refused(
+    digits: Dataset, tmp_path: Path
+) -> None:
+    def measure(_: nn.Module, row: dict[str, Any]) -> None:
+        row["share"] = np.float64(0.5)
+
+    path = tmp_path / "run.pt"
+    run = partial(quiet_fit, small_net(), E2EBP(), digits, epochs=1, checkpoint=path)
+    with pytest.raises(ValueError, match=r"rows\.share holds .* of type float64, which a file"):
+        run(after_epoch=measure)
+    assert len(run(resume=True).rows) == 1
 
 
 def test_an_empty_history_has_no_end() -> None:
@@ -446,6 +461,12 @@ def test_evaluation_is_over_every_image_of_the_split(digits: Dataset) -> None:
         assert measured.accuracy == pytest.approx((logits.argmax(1) == y.numpy()).mean())
         picked = share[np.arange(len(y)), y.numpy()]
         assert measured.loss == pytest.approx(-np.log(picked).mean(), rel=1e-5)
+
+
+def test_evaluation_needs_a_logit_for_each_class(digits: Dataset) -> None:
+    for net in (networks.mlp([64, 5]), networks.cnn((4,), channels=1, size=8, stride=1)[:2]):
+        with pytest.raises(ValueError, match=r"net: it gives outputs .* has 10 classes"):
+            evaluate(net, digits)
 
 
 def test_evaluation_leaves_every_layer_in_its_mode(digits: Dataset) -> None:

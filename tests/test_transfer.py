@@ -83,6 +83,17 @@ def test_leep_and_nce_are_their_formulas() -> None:
     assert math.isclose(negative_conditional_entropy(answers, labels), total, rel_tol=1e-9)
 
 
+def test_the_evidence_does_not_depend_on_the_names_of_classes() -> None:
+    features, labels = case(3)
+    assert math.isclose(log_evidence(features, 2 * labels), log_evidence(features, labels))
+
+
+def test_a_dead_module_has_less_evidence_than_noise() -> None:
+    features, labels = case(4)
+    dead = log_evidence(torch.zeros(60, 5), labels)
+    assert math.isfinite(dead) and dead < log_evidence(features, labels)
+
+
 def test_a_perfect_source_has_the_best_scores() -> None:
     labels = torch.tensor([0, 1, 2, 0])
     renamed = (labels + 1) % 3
@@ -141,3 +152,9 @@ def test_bad_input_is_refused(digits: Dataset) -> None:
         leep(torch.eye(2)[[0, 1, 1]], torch.tensor([0, 1]))
     with pytest.raises(ValueError, match="give 1 to that many"):
         modlib.extract(nn.Identity(), digits, n=10_000)
+    with pytest.raises(ValueError, match="features: they hold NaN"):
+        log_evidence(torch.full((3, 2), math.nan), torch.tensor([0, 1, 1]))
+    with pytest.raises(ValueError, match="give 'train' or 'test'"):
+        score(nn.Identity(), digits, split="val")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="labels are int64"):
+        centred_alignment(torch.eye(3), torch.tensor([0.0, 1.0, 1.0]))

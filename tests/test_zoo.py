@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -116,6 +117,21 @@ def test_a_network_comes_back_from_the_shelf(tmp_path: Path) -> None:
     assert zoo.take(other, tmp_path / "shelf", "net") == cards
     for a, b in zip(net.state_dict().values(), other.state_dict().values(), strict=True):
         assert torch.equal(a, b)
+
+
+def test_what_a_file_would_not_give_back_is_not_saved(tmp_path: Path) -> None:
+    path = tmp_path / "a.pt"
+    with pytest.raises(ValueError, match=r"accuracy holds .* of type float64"):
+        zoo.save(block(), path, name="a", input_shape=[3, 8, 8], accuracy=np.float64(0.9))
+    sick = block()
+    next(sick.parameters()).data.fill_(float("nan"))
+    with pytest.raises(ValueError, match="a gives NaN or infinity"):
+        zoo.save(sick, path, name="a", input_shape=[3, 8, 8])
+    with pytest.raises(ValueError, match="give a name without folders"):
+        zoo.shelve(network(seed=0), tmp_path, name="../a", input_shape=[3, 32, 32])
+    assert not any(tmp_path.iterdir())
+    shape = np.array([3, 8, 8])
+    assert zoo.save(block(), path, name="a", input_shape=shape) == zoo.card(path)
 
 
 def test_a_shelf_is_never_overwritten(tmp_path: Path) -> None:

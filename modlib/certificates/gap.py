@@ -377,6 +377,10 @@ def _split(network: nn.Sequential) -> tuple[nn.Sequential, nn.Linear | None, tup
     """Everything up to the features, the head, and the assumptions that this structure breaks."""
     last = network[-1]
     layers = list(last) if isinstance(last, nn.Sequential) else [last]
+    while isinstance(layers[-1], nn.Sequential) and len(
+        layers[-1]
+    ):  # a layer that holds the Linear
+        layers[-1:] = list(layers[-1])
     if not isinstance(layers[-1], nn.Linear):
         kind = type(layers[-1]).__name__
         return network, None, (f"the head is not a Linear layer but a {kind}",)
@@ -391,13 +395,13 @@ def _batches(
     data: Any, split: Split, batch_size: int, device: str | torch.device
 ) -> Iterator[tuple[Tensor, Tensor]]:
     batches: Iterable[Any] = data
-    if hasattr(data, f"{split}_images"):
+    if hasattr(data, "part"):
         from modlib.data import Loader
 
         batches = Loader(
             data,
             split,
-            min(batch_size, len(getattr(data, f"{split}_labels"))),
+            min(batch_size, len(data.part(split)[1])),
             device=str(device),
             augment=False,
             shuffle=False,

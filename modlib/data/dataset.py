@@ -77,9 +77,10 @@ class Dataset:
             object.__setattr__(self, "mean", tuple(self.mean) or mean)
             object.__setattr__(self, "std", tuple(self.std) or std)
         channels = self.shape[0]
-        if len(self.mean) != channels or len(self.std) != channels or min(self.std) <= 0:
+        usable = np.isfinite([*self.mean, *self.std]).all() and min(self.std) > 0
+        if len(self.mean) != channels or len(self.std) != channels or not usable:
             raise ValueError(
-                f"{self.name}: mean and std need {channels} numbers each (std above 0) but are "
+                f"{self.name}: mean and std need {channels} numbers each (finite, std above 0) but are "
                 f"{self.mean} and {self.std}; leave them out to have them computed."
             )
 
@@ -95,6 +96,20 @@ class Dataset:
     def is_vector(self) -> bool:
         """True for float vectors (N, d), False for images."""
         return self.train_images.ndim == 2
+
+    def part(self, split: str) -> tuple[Array, Labels]:
+        """Images and labels of "train" or "test".
+
+        Raises:
+            ValueError: there is no such split.
+        """
+        parts = {
+            "train": (self.train_images, self.train_labels),
+            "test": (self.test_images, self.test_labels),
+        }
+        if split not in parts:
+            raise ValueError(f"split is {split!r}; give 'train' or 'test'.")
+        return parts[split]
 
     def subset(
         self, n_train: int | None = None, n_test: int | None = None, seed: int = 0

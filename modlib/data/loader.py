@@ -65,11 +65,9 @@ class Loader:
         channels_last: bool = False,
         memory: Memory = "auto",
     ) -> None:
-        for what, value, allowed in (("split", split, Split), ("memory", memory, Memory)):
-            if value not in get_args(allowed):
-                raise ValueError(f"{what} is {value!r}; give one of {get_args(allowed)}.")
-        images: Array = dataset.train_images if split == "train" else dataset.test_images
-        labels = dataset.train_labels if split == "train" else dataset.test_labels
+        if memory not in get_args(Memory):
+            raise ValueError(f"memory is {memory!r}; give one of {get_args(Memory)}.")
+        images, labels = dataset.part(split)
         self.dataset, self.split, self.batch_size = dataset, split, batch_size
         self.shuffle, self.drop_last, self.channels_last = shuffle, drop_last, channels_last
         self.n = len(labels)

@@ -113,9 +113,9 @@ def _task(data: Dataset, pair: tuple[int, int]) -> Dataset:
     """The images of two classes, with labels 0 and 1."""
     parts: dict[str, Any] = {"classes": tuple(data.classes[c] for c in pair)}
     for split in ("train", "test"):
-        labels = getattr(data, f"{split}_labels")
+        images, labels = data.part(split)
         chosen = (labels == pair[0]) | (labels == pair[1])
-        parts[f"{split}_images"] = getattr(data, f"{split}_images")[chosen]
+        parts[f"{split}_images"] = images[chosen]
         parts[f"{split}_labels"] = (labels[chosen] == pair[1]).astype("int64")
     return replace(data, **parts)
 

@@ -64,6 +64,12 @@ class Only(Method):
             if any(ours):
                 stage.complete = whole
                 kept.append(stage)
+        trained = {id(module) for stage in kept for module in stage.modules}
+        if missed := chosen - trained:
+            raise ValueError(
+                f"modules={list(self.modules)}: {type(self.method).__name__} trains {len(missed)} of them "
+                "not by themselves; give it a method that trains modules in turn."
+            )
         return kept
 
     def _positions(self, count: int) -> list[int]:

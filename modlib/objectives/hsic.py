@@ -22,6 +22,7 @@ from torch.nn import functional as F
 
 from modlib.kernels import Gaussian, wide
 from modlib.objectives.objective import Objective
+from modlib.objectives.supervised import check_labels
 
 _RIDGE = 1e-5  # ε of the paper
 
@@ -39,7 +40,7 @@ class HSIC(Objective):
 
     Raises:
         ValueError: called as ``objective(h, y)``: without the input half of it is missing. Use
-            ``objective.local(h, y, x)``.
+            ``objective.local(h, y, x)``. Or: the labels do not fit.
 
     >>> objective = HSIC(weight=50.0, classes=2)
     >>> h, y = torch.tensor([[0.0], [0.1], [1.0], [1.1]]), torch.tensor([0, 0, 1, 1])
@@ -64,6 +65,7 @@ class HSIC(Objective):
     def local(self, h: Tensor, y: Tensor, x: Tensor) -> Tensor:
         if self.classes is None:
             raise ValueError("classes=None: say how many classes there are, as HSIC(classes=10).")
+        check_labels(y, len(h), self.classes)
         onehot = F.one_hot(y, self.classes).to(wide(h))
         h, x = h.flatten(1), x.flatten(1)
         forget, keep = nhsic(h, x, self.bandwidth), nhsic(h, onehot, self.bandwidth)

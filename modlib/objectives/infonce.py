@@ -39,7 +39,7 @@ class InfoNCE(Objective):
         gap: rows left out between a patch and the first predicted one; overlapping patches need it.
 
     Raises:
-        ValueError: the grid has too few rows, or the number of patches is no multiple of G*G.
+        ValueError: the grid has too few rows, or the number of patches is 0 or no multiple of G*G.
 
     >>> objective = InfoNCE(steps=1, grid=3).for_module((4,), classes=10)
     >>> bool(objective(torch.randn(2 * 9, 4), torch.zeros(2)) > 0)
@@ -88,7 +88,7 @@ class InfoNCE(Objective):
     def arranged(self, h: Tensor) -> Tensor:
         """One vector for each patch, where it lies in its image: (N, C, G, G)."""
         z = h.flatten(2).mean(2) if h.dim() > 2 else h
-        if len(z) % self.grid**2:
+        if len(z) % self.grid**2 or not len(z):
             raise ValueError(
                 f"h holds {len(z)} patches, no multiple of grid² = {self.grid**2}; cut the images "
                 f"with networks.Patches into {self.grid}×{self.grid} patches each."

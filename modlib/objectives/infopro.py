@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from modlib.kernels import wide
 from modlib.objectives.objective import Objective
 from modlib.objectives.proxy import SupCon
+from modlib.objectives.supervised import CrossEntropy
 
 
 class InfoPro(Objective):
@@ -36,8 +37,8 @@ class InfoPro(Objective):
 
     Raises:
         ValueError: called as ``objective(h, y)``: use ``objective.local(h, y, x)`` with the images
-            x (N, channels, H, W). Or: a module's output is no map (C, H, W); for "contrast", no two
-            labels of the batch are equal.
+            x (N, channels, H, W). Or: a module's output is no map (C, H, W); the labels do not fit, or
+            for "contrast" no two of the batch are equal.
 
     >>> objective = InfoPro(form="contrast").for_module((8, 4, 4), classes=10)
     >>> x, y = torch.randn(4, 3, 16, 16), torch.tensor([0, 0, 1, 1])
@@ -106,10 +107,11 @@ class InfoPro(Objective):
 
     def reconstruction_loss(self, h: Tensor, x: Tensor) -> Tensor:
         """How badly the decoder tells the images x (N, channels, H, W), a mean over all pixels."""
-        if x.dim() != 4 or x.shape[1] != self.channels:
+        if x.dim() != 4 or x.shape[1] != self.channels or not len(x) == len(h) > 0:
             raise ValueError(
                 f"x has shape {tuple(x.shape)}, but the decoder makes images (N, {self.channels}, H, "
-                "W); give the network's input (not stored features) and its number of channels."
+                f"W) from {len(h)} outputs; give the network's input (not stored features) and its "
+                "number of channels."
             )
         large = F.interpolate(wide(h), x.shape[-2:], mode="bilinear", align_corners=True)
         image = wide(_made(self.decoder)(large))
@@ -120,7 +122,8 @@ class InfoPro(Objective):
     def label_loss(self, h: Tensor, y: Tensor) -> Tensor:
         """Loss of the auxiliary network's output."""
         out = cast(Tensor, _made(self.head)(h))
-        return SupCon(0.07)(out, y) if self.form == "contrast" else F.cross_entropy(out, y)
+        loss: Tensor = (SupCon(0.07) if self.form == "contrast" else CrossEntropy())(out, y)
+        return loss
 
     def extra_repr(self) -> str:
         target = "pixels" if self.pixels else "x"

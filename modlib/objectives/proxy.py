@@ -26,6 +26,9 @@ Khosla et al. 2020 (arXiv 2004.11362), equation 2.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Self
+
 import torch
 from torch import Tensor
 
@@ -58,6 +61,12 @@ class ProxyLoss(Objective):
         self.kernel = kernels.get(kernel)
         self.negatives_only = negatives_only
         self.balanced = balanced
+
+    def for_module(self, shape: Sequence[int], classes: int) -> Self:
+        self.kernel.gram(
+            torch.zeros(2, *shape)
+        )  # tells now if it cannot take outputs of this shape
+        return super().for_module(shape, classes)
 
     def forward(self, h: Tensor, y: Tensor) -> Tensor:
         same = _same(h, y, positives=not (self.negatives_only or self.diagonal) or self.balanced)

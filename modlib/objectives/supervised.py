@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Self, cast
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -32,8 +33,7 @@ class CrossEntropy(Objective):
     """
 
     def forward(self, h: Tensor, y: Tensor) -> Tensor:
-        check_labels(y, *h.shape)
-        return F.cross_entropy(h, y)
+        return _cross_entropy(h, y)
 
 
 class AuxiliaryClassifier(Objective):
@@ -78,6 +78,7 @@ class AuxiliaryClassifier(Objective):
             )
         self.network = network if isinstance(network, nn.Module) else None
         self.trainable = trainable
+        self._freeze()
 
     def for_module(self, shape: Sequence[int], classes: int) -> Self:
         ready = super().for_module(shape, classes)
@@ -88,15 +89,16 @@ class AuxiliaryClassifier(Objective):
                     f"has shape {tuple(shape)}; give a network of your own."
                 )
             ready.network = _KINDS[self.kind](tuple(shape), classes)
-        if not self.trainable:
-            # Without gradients optimisers pass them over, weight decay included.
-            ready.network.requires_grad_(False)
+        ready._freeze()
         return ready
 
+    def _freeze(self) -> None:
+        if not self.trainable:
+            # Without gradients optimisers pass them over, weight decay included.
+            self.requires_grad_(False)
+
     def forward(self, h: Tensor, y: Tensor) -> Tensor:
-        logits = self.logits(h)
-        check_labels(y, *logits.shape)
-        return F.cross_entropy(logits, y)
+        return _cross_entropy(self.logits(h), y)
 
     def logits(self, h: Tensor) -> Tensor:
         """The auxiliary network's logits (N, classes) for a module's output h."""
@@ -134,8 +136,18 @@ class MonoForward(AuxiliaryClassifier):
         return ""
 
 
+def _cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
+    if logits.dim() != 2:
+        raise ValueError(
+            f"logits must be (N, classes), but have shape {tuple(logits.shape)}; flatten or pool a "
+            "module's output before a linear layer."
+        )
+    check_labels(y, *logits.shape)
+    return F.cross_entropy(logits, y)
+
+
 def check_labels(y: Tensor, n: int, classes: int) -> None:
-    """Refuse labels that are not (n,) or not below ``classes``.
+    """Refuse labels that are not int64 (n,), n > 0, or not below ``classes``.
 
     On a GPU the values are not looked at: that would wait for it in every step.
 
@@ -147,11 +159,14 @@ def check_labels(y: Tensor, n: int, classes: int) -> None:
     Traceback (most recent call last):
     ValueError: y holds labels from 0 to 3, but there are 3 classes, which are counted from 0.
     """
-    if y.dim() != 1 or len(y) != n:
+    if y.dim() != 1 or len(y) != n or not n:
         raise ValueError(
-            f"y must hold one label for each of the {n} outputs, but has shape {tuple(y.shape)}."
+            f"y must hold one label for each of the {n} outputs (at least one), but has shape "
+            f"{tuple(y.shape)}."
         )
-    if y.device.type == "cpu" and n and not 0 <= int(y.min()) <= int(y.max()) < classes:
+    if y.dtype != torch.int64:
+        raise ValueError(f"y holds {y.dtype}; labels are int64, as labels.long() gives.")
+    if y.device.type == "cpu" and not 0 <= int(y.min()) <= int(y.max()) < classes:
         raise ValueError(
             f"y holds labels from {int(y.min())} to {int(y.max())}, but there are {classes} classes, "
             "which are counted from 0."
