@@ -114,7 +114,7 @@ def _locally(key: str, modules: int, lr: float) -> Recipe:
 
 
 # Heads that see their module's output after its ReLU, as published; the same layers are cut.
-AFTER = ("greedy-1", "greedy-2", "dgl", "pred", "sim", "predsim", "mono-forward", "random")
+AFTER = ("greedy-1", "dgl", "pred", "sim", "predsim", "mono-forward", "random")
 _CUTS = {3: ("conv3", "conv5"), 6: ("conv2", "conv3", "conv4", "conv5", "conv6")}
 
 
@@ -242,8 +242,7 @@ RATES: dict[str, float] = {
     "cifar10-pred-after-k3": 0.03,
     "cifar10-mono-forward-after-k3": 0.1,
     "cifar10-predsim-after-k3": 0.01,
-    "cifar10-sim-after-k3": 0.01,
-    "cifar10-greedy-2-after-k3": 0.3,
+    "cifar10-sim-after-k3": 0.03,
     "cifar10-random-after-k3": 1.0,
 }
 
