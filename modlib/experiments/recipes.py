@@ -243,7 +243,7 @@ RATES: dict[str, float] = {
     "cifar10-mono-forward-after-k3": 0.1,
     "cifar10-predsim-after-k3": 0.01,
     "cifar10-sim-after-k3": 0.03,
-    "cifar10-random-after-k3": 1.0,
+    "cifar10-random-after-k3": 0.3,
 }
 
 _SUPCON = RATES["cifar10-proxy-supcon"]
