@@ -53,6 +53,10 @@ class AuxiliaryClassifier(Objective):
             - "pred": pool until 2048 numbers are left, one linear layer whose weights start at 0, so
               that the first value is log(classes) (vectors too, which are not pooled).
             - "flat": one linear layer without bias on all of h (vectors too).
+
+            "linear", "greedy-1", "pred" and "flat" have no nonlinearity of their own. Let modules end
+            after theirs (``networks.cnn(..., boundary="after")``), as the papers do: under such a head
+            a module that ends before it learns one hidden layer less (book, chapter 10).
         trainable: False leaves the auxiliary network as it was drawn: no step and no weight decay
             changes its parameters, and the module learns to suit a random classifier.
 
@@ -117,7 +121,7 @@ class MonoForward(AuxiliaryClassifier):
     r"""Cross-entropy of the goodness :math:`G = h M^\top`, with a learned matrix M (classes × n).
 
     h is flattened to n numbers. The paper takes h after its nonlinearity; let modules end there
-    (``networks.mlp(..., boundary="after")``) to do the same. ``logits`` gives G, from which the
+    (``boundary="after"`` in ``networks.mlp`` and ``networks.cnn``) to do the same. ``logits`` gives G, from which the
     paper predicts. It is ``AuxiliaryClassifier("flat")`` by the name that its authors gave.
 
     Source: Gong, Li & Abdulla 2025 (arXiv 2501.09238).
