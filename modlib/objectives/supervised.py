@@ -121,8 +121,9 @@ class MonoForward(AuxiliaryClassifier):
     r"""Cross-entropy of the goodness :math:`G = h M^\top`, with a learned matrix M (classes × n).
 
     h is flattened to n numbers. The paper takes h after its nonlinearity; let modules end there
-    (``boundary="after"`` in ``networks.mlp`` and ``networks.cnn``) to do the same. ``logits`` gives G, from which the
-    paper predicts. It is ``AuxiliaryClassifier("flat")`` by the name that its authors gave.
+    (``boundary="after"`` in ``networks.mlp`` and ``networks.cnn``) to do the same. ``logits`` gives
+    G, from which the paper predicts. It is ``AuxiliaryClassifier("flat")`` by the name that its
+    authors gave.
 
     Source: Gong, Li & Abdulla 2025 (arXiv 2501.09238).
 
