@@ -205,6 +205,7 @@ def diagnose(
         seed: of the fresh copies.
 
     Raises:
+        TypeError: the objective is none on pairs.
         ValueError: the network has no hidden module, does not end in a linear layer, or a module gives
             NaN or infinity; there are too few training images to halve; a class has none; and what
             ``modlib.fit_pairs`` raises.
@@ -220,6 +221,10 @@ def diagnose(
     >>> diagnose(net, data, supcon).faults[0]
     'module 1, layer layer2: 100% of its channels are dead'
     """
+    if not isinstance(objective, ProxyLoss):
+        raise TypeError(
+            f"objective={objective!r} is no objective on pairs; give one, such as objectives.SupCon()."
+        )
     if len(net) < 2:
         raise ValueError("net: it has one module, so there is no hidden one to examine; cut it.")
     last = [m for m in net[-1][-1].modules() if not isinstance(m, nn.Sequential | nn.Flatten)]

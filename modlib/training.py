@@ -135,6 +135,8 @@ def fit(
     _check_kind("net", net, nn.Module, "modlib.networks.cnn()")
     _check_kind("method", method, Method, "modlib.methods.E2EBP()")
     _check_kind("data", data, Dataset, "modlib.data.load('digits')")
+    if after_epoch is not None and not callable(after_epoch):
+        raise TypeError(f"after_epoch={after_epoch!r}: give a function of the network and the row.")
     device = pick_device(device)
     net = net if isinstance(net, ModularNetwork) else ModularNetwork([[("net", net)]])
     augmentation = _augment(augment, data)

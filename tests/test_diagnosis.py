@@ -105,6 +105,8 @@ def test_what_cannot_be_examined_is_refused_at_once(images: Dataset) -> None:
     net = modlib.partition(modlib.networks.cnn((8, 8), seed=0), ["conv3", "features"])
     with pytest.raises(ValueError, match=r"200 training images .* give at least 256"):
         diagnose(net, images.subset(n_train=200), SUPCON)
+    with pytest.raises(TypeError, match="objective=None is no objective on pairs"):
+        diagnose(net, images, None)  # type: ignore[arg-type]
     next(net[1].parameters()).data.fill_(float("nan"))
     with pytest.raises(ValueError, match="module 1 gives NaN or infinity"):
         diagnose(net, images, SUPCON)

@@ -518,6 +518,8 @@ def test_wrong_arguments_are_refused(
         ({"net": "resnet18"}, r"net: 'resnet18' is no Module; give one, such as modlib.networks"),
         ({"method": E2EBP}, r"method: the class E2EBP is no Method; give one, such as .*E2EBP\(\)"),
         ({"data": "digits"}, r"data: 'digits' is no Dataset; give one, such as modlib.data.load"),
+        ({"after_epoch": 3}, "after_epoch=3: give a function"),
+        ({"method": E2EBP(optimizer=3)}, "optimizer=3 makes no optimiser"),  # type: ignore[arg-type]
     ],
 )
 def test_arguments_of_a_wrong_kind_are_refused(

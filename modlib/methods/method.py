@@ -192,6 +192,11 @@ class Method:
 
     def make_optimizers(self, owners: Sequence[Sequence[nn.Module]]) -> list[Optimizer]:
         """One optimiser for each group of modules (a module and its objective, say)."""
+        if not callable(self.optimizer) and not isinstance(self.optimizer, Sequence):
+            raise TypeError(
+                f"optimizer={self.optimizer!r} makes no optimiser; give a function of the parameters, such "
+                "as methods.sgd(0.1), or a list of them."
+            )
         if callable(self.optimizer):
             makers: Sequence[MakeOptimizer] = [self.optimizer] * len(owners)
         else:
