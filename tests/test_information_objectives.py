@@ -563,6 +563,9 @@ def test_resnet_has_the_published_depth_and_blocks(blocks: int) -> None:
     assert ours.shape == (2, 64, 8, 8)
     torch.testing.assert_close(ours.relu(), published)
     assert (ours < 0).any()  # a module that is cut off here ends before the nonlinearity
+    after = resnet(blocks=blocks, boundary="after", seed=0).eval()
+    torch.testing.assert_close(after[: len(units) + 1](x), published)
+    torch.testing.assert_close(after(x), net(x))
 
 
 def test_resnet_refuses_what_it_cannot_be() -> None:
@@ -570,6 +573,8 @@ def test_resnet_refuses_what_it_cannot_be() -> None:
         resnet(blocks=0)
     with pytest.raises(ValueError, match="channels=8: give at least the 16"):
         resnet(widths=(16, 8))
+    with pytest.raises(ValueError, match="choose 'before' or 'after'"):
+        resnet(boundary="inside")
 
 
 # --- methods --------------------------------------------------------------------------------------

@@ -479,12 +479,13 @@ def test_residual_blocks_are_rebuilt_for_what_they_get(
     assert classifier(heads[0])[0].downsample is not None
 
 
-def test_the_books_residual_units_are_rebuilt_too() -> None:
+@pytest.mark.parametrize("boundary", ["before", "after"])
+def test_the_books_residual_units_are_rebuilt_too(boundary: str) -> None:
     """Block 3 in the place of blocks 1 to 3."""
-    net = networks.resnet((4, 6, 8), 1, channels=1, size=28)
+    net = networks.resnet((4, 6, 8), 1, channels=1, size=28, boundary=boundary)
     head = AugLocal(depth=1).objectives(partition(net, ["block1"]), torch.zeros(1, 1, 28, 28))[0]
     copies = classifier(head)[:1]
-    assert isinstance(copies[0], ResidualUnit)
+    assert isinstance(copies[0], ResidualUnit) and copies[0].boundary == boundary
     assert seen_shapes(copies, torch.randn(2, 4, 28, 28)) == [(8, 7, 7)]
 
 

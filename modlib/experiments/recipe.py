@@ -168,10 +168,16 @@ def vgg8b(profile: Profile, data: Dataset, seed: int) -> nn.Module:
 
 
 def resnet(blocks: int, profile: Profile, data: Dataset, seed: int) -> nn.Module:
-    """A residual network of ``6 * blocks + 2`` layers."""
+    """A residual network of ``6 * blocks + 2`` layers, whose modules end after their ReLU as published."""
     channels, size, _ = data.shape
     return networks.resnet(
-        profile.widths, blocks, len(data.classes), channels=channels, size=size, seed=seed
+        profile.widths,
+        blocks,
+        len(data.classes),
+        channels=channels,
+        size=size,
+        boundary="after",
+        seed=seed,
     )
 
 

@@ -164,7 +164,7 @@ def _fitted(unit: _Unit, before: tuple[int, ...]) -> nn.Module:
             if isinstance(part, nn.Conv2d):
                 new[position] = _convolution(part, channels, stride)
     elif isinstance(new, ResidualUnit):
-        new = ResidualUnit(channels, unit.shape[0], stride[0])
+        new = ResidualUnit(channels, unit.shape[0], stride[0], new.boundary)
     elif isinstance(new, BasicBlock):
         new.conv1 = _convolution(new.conv1, channels, stride)
         new.downsample = _short_cut(channels, unit.shape[0], stride, new.bn2)

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from modlib.kernels import FeatureMap
+from modlib.networks.boundary import check_boundary
 from modlib.networks.seeding import seeded
 
 
@@ -68,8 +69,7 @@ def cnn(
     >>> cnn(seed=0)(torch.zeros(2, 3, 32, 32)).shape
     torch.Size([2, 10])
     """
-    if boundary not in ("before", "after"):
-        raise ValueError(f"boundary={boundary!r}: choose 'before' or 'after' the nonlinearity.")
+    check_boundary(boundary)
     with seeded(seed):
         layers: OrderedDict[str, nn.Module] = OrderedDict()
         before = channels

@@ -9,6 +9,7 @@ from itertools import pairwise
 from torch import nn
 
 from modlib.kernels import FeatureMap
+from modlib.networks.boundary import check_boundary
 from modlib.networks.seeding import seeded
 
 
@@ -47,8 +48,7 @@ def mlp(
     """
     if len(sizes) < 2:
         raise ValueError(f"sizes={list(sizes)}: give at least an input and an output size.")
-    if boundary not in ("before", "after"):
-        raise ValueError(f"boundary={boundary!r}: choose 'before' or 'after' the nonlinearity.")
+    check_boundary(boundary)
     if kernel is not None and boundary == "after":
         raise ValueError("kernel: a feature map replaces an activation; use boundary='before'.")
     with seeded(seed):

@@ -1,4 +1,4 @@
-"""A residual network, cut-able before every nonlinearity."""
+"""A residual network, cut-able before (or after) every nonlinearity."""
 
 from __future__ import annotations
 
@@ -9,12 +9,15 @@ from typing import cast
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from modlib.networks.boundary import check_boundary
 from modlib.networks.cnn import ConvUnit, with_head
 from modlib.networks.seeding import seeded
 
 
 class ResidualUnit(nn.Module):
     """u → s + branch(s), s = ReLU(u): the published block, begun and ended before its ReLU.
+
+    With boundary "after" it is begun and ended after it: u → ReLU(u + branch(u)).
 
     Maps (N, C, H, W) to (N, C', H/stride, W/stride). The shortcut has no parameters: it leaves out
     rows and columns, and fills up with channels of zeros (option A of the paper).
@@ -23,8 +26,11 @@ class ResidualUnit(nn.Module):
         branch: what is added to the shortcut.
     """
 
-    def __init__(self, channels_in: int, channels: int, stride: int) -> None:
+    def __init__(
+        self, channels_in: int, channels: int, stride: int, boundary: str = "before"
+    ) -> None:
         super().__init__()
+        self.boundary = boundary
         self.stride, self.more = stride, channels - channels_in
         if self.more < 0:
             raise ValueError(f"channels={channels}: give at least the {channels_in} that come in.")
@@ -34,9 +40,10 @@ class ResidualUnit(nn.Module):
         )
 
     def forward(self, u: Tensor) -> Tensor:
-        s = F.relu(u)
+        s = F.relu(u) if self.boundary == "before" else u
         shortcut = F.pad(s[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, 0, self.more))
-        return cast(Tensor, shortcut + self.branch(s))
+        out = cast(Tensor, shortcut + self.branch(s))
+        return F.relu(out) if self.boundary == "after" else out
 
 
 def resnet(
@@ -46,14 +53,15 @@ def resnet(
     *,
     channels: int = 3,
     size: int = 32,
+    boundary: str = "before",
     kernel: str = "relu-pool",
     seed: int | None = None,
 ) -> nn.Sequential:
     """The residual network of 6n + 2 layers for small images: blocks=18 makes ResNet-110.
 
     Its layers are ``stem``, ``block1`` … ``block{L}``, ``features`` and ``head``. Blocks compute what
-    the published ones do, but each begins with the nonlinearity of the one before it. In front of the
-    linear layer stands a feature map of unit norm in place of global pooling.
+    the published ones do, but each begins with the nonlinearity of the one before it, unless
+    ``boundary`` is "after". In front of the linear layer stands a feature map of unit norm in place of global pooling.
 
     Args:
         widths: channels of each group of blocks, not falling; all groups but the first halve the side.
@@ -61,6 +69,7 @@ def resnet(
         classes: number of outputs.
         channels: of the image, 3 for colour.
         size: side H = W of the images, in pixels.
+        boundary: on which side of their ReLU layers end: "before", or "after" as published.
         kernel: of the feature map; "relu" where the last maps are smaller than 4×4.
         seed: of the initial weights; None takes PyTorch's global state.
 
@@ -73,15 +82,16 @@ def resnet(
     >>> resnet(blocks=1, seed=0)(torch.zeros(2, 3, 32, 32)).shape
     torch.Size([2, 10])
     """
+    check_boundary(boundary)
     if blocks < 1 or not widths:
         raise ValueError(f"widths={list(widths)}, blocks={blocks}: give at least one of each.")
     with seeded(seed):
         layers: OrderedDict[str, nn.Module] = OrderedDict()
-        layers["stem"] = ConvUnit(channels, widths[0], 1, first=True)
+        layers["stem"] = ConvUnit(channels, widths[0], 1, first=True, boundary=boundary)
         before = widths[0]
         for number in range(len(widths) * blocks):
             group, position = divmod(number, blocks)
             stride = 2 if group and not position else 1
-            layers[f"block{number + 1}"] = ResidualUnit(before, widths[group], stride)
+            layers[f"block{number + 1}"] = ResidualUnit(before, widths[group], stride, boundary)
             before = widths[group]
         return with_head(layers, kernel, classes, (channels, size, size))
