@@ -61,7 +61,8 @@ def resnet(
 
     Its layers are ``stem``, ``block1`` … ``block{L}``, ``features`` and ``head``. Blocks compute what
     the published ones do, but each begins with the nonlinearity of the one before it, unless
-    ``boundary`` is "after". In front of the linear layer stands a feature map of unit norm in place of global pooling.
+    ``boundary`` is "after". In front of the linear layer stands a feature map of unit norm in place
+    of global pooling.
 
     Args:
         widths: channels of each group of blocks, not falling; all groups but the first halve the side.
