@@ -47,7 +47,7 @@ from modlib.pairs import fit_pairs, same_class
 _DEAD = 0.5  # share of constant channels from which a layer is called dead
 _SHORT = 0.1  # shortfall, over the larger gain, from which a module is called poor
 _NOTHING = 1e-3  # gain, over the untrained objective, below which a module cannot be judged
-_BATCH = 128  # images a step of fit_pairs, which trains on halves
+_BATCH = 128  # images a step of the fresh copies
 _STRAY = 0.1  # share of a class from which its labels are called wrong
 
 
@@ -207,7 +207,7 @@ def diagnose(
     Raises:
         TypeError: the objective is none on pairs.
         ValueError: the network has no hidden module, does not end in a linear layer, or a module gives
-            NaN or infinity; there are too few training images to halve; a class has none; and what
+            NaN or infinity; there are too few training images to halve, or of a class; and what
             ``modlib.fit_pairs`` raises.
 
     >>> import modlib
@@ -306,6 +306,7 @@ def _trained(
         mean=data.mean,
         std=data.std,
         epochs=epochs,
+        batch_size=_BATCH,
         seed=seed,
         device=device,
         augment=default_augment(data) or None,

@@ -13,6 +13,7 @@ from modlib.data import Dataset, Loader
 from modlib.data.loader import Split
 from modlib.kernels import Kernel
 from modlib.network import evaluating
+from modlib.objectives.supervised import check_labels
 
 
 def extract(
@@ -59,6 +60,19 @@ def extract(
         found = [(_features(module(x.to(reference.dtype)), kernel), y.clone()) for x, y in batches]
     features, labels = (torch.cat(parts) for parts in zip(*found, strict=True))
     return features[:n], labels[:n]
+
+
+def check_features(name: str, rows: Tensor, labels: Tensor, classes: int) -> None:
+    """Refuse what is no matrix (n, D) of finite numbers with one label below ``classes`` a row.
+
+    Raises:
+        ValueError: naming what does not fit.
+    """
+    if rows.dim() != 2:
+        raise ValueError(f"{name}: give a matrix (n, D), not shape {tuple(rows.shape)}.")
+    check_labels(labels, len(rows), classes)
+    if not bool(rows.isfinite().all()):
+        raise ValueError(f"{name}: they hold NaN or infinity; is the module trained and alive?")
 
 
 def _features(h: Tensor, kernel: str | Kernel | None) -> Tensor:

@@ -27,6 +27,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from modlib.certificates import best_head
+from modlib.certificates.head import count_classes
+from modlib.extract import check_features
 from modlib.objectives.supervised import check_labels
 
 Features = tuple[Tensor, Tensor]  # unit feature vectors (n, D) and labels (n,)
@@ -224,7 +226,7 @@ def nearest_anchor(train: Features, test: Features) -> float:
         ValueError: what ``anchors`` raises; the test features or labels do not fit.
     """
     directions = anchors(*train)
-    _check(test[0], test[1], len(directions))
+    check_features("features", *test, len(directions))
     return _accuracy(test[0] @ directions.T, test[1])
 
 
@@ -234,7 +236,7 @@ def logistic_head(train: Features, test: Features, penalty: float = 1e-3) -> flo
     Raises:
         ValueError: as ``nearest_anchor``.
     """
-    _check(test[0], test[1], _classes(*train))
+    check_features("features", *test, _classes(*train))
     return _accuracy(logistic_scores(train, test[0], penalty), test[1].cpu())
 
 
@@ -251,26 +253,11 @@ def _accuracy(scores: Tensor, labels: Tensor) -> float:
     return float((scores.argmax(1) == labels).double().mean())
 
 
-def _check(features: Tensor, labels: Tensor, classes: int) -> None:
-    if features.dim() != 2 or not bool(features.isfinite().all()):
-        raise ValueError(
-            f"features: give a matrix (n, D) of finite numbers, not shape {tuple(features.shape)}"
-            f"{' with NaN or infinity' * (features.dim() == 2)}."
-        )
-    check_labels(labels, len(features), classes)
-
-
 def _classes(features: Tensor, labels: Tensor) -> int:
     """How many classes there are, after checking that every one of them occurs."""
     classes = int(labels.max()) + 1 if labels.numel() else 0
-    _check(features, labels, classes)
-    counts = torch.bincount(labels)
-    if int(counts.min()) == 0:
-        raise ValueError(
-            f"labels: class {int(counts.argmin())} has no example; give each of 0 to {classes - 1} one "
-            "at least."
-        )
-    return classes
+    check_features("features", features, labels, classes)
+    return count_classes(labels, classes)
 
 
 def _check_unit(anchors: Tensor, features: Tensor, labels: Tensor) -> None:

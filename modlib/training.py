@@ -21,6 +21,7 @@ from modlib import checkpoints
 from modlib.data import Augment, Dataset, Loader, default_augment
 from modlib.data.loader import Split
 from modlib.methods import Method, Stage
+from modlib.methods.method import check_logits
 from modlib.network import ModularNetwork, evaluating
 
 Schedule = Callable[[float], float]
@@ -338,11 +339,7 @@ def evaluate(
     with evaluating(net):
         for x, y in loader.epoch(0, 0):
             logits = net(x.to(reference.dtype)).float()
-            if logits.dim() != 2 or logits.shape[1] < len(data.classes):
-                raise ValueError(
-                    f"net: it gives outputs {tuple(logits.shape)} for {len(y)} images, but {data.name!r} "
-                    f"has {len(data.classes)} classes; end it in that many logits."
-                )
+            check_logits(logits.shape[1:], len(data.classes))
             correct += (logits.argmax(1) == y).sum()
             loss += F.cross_entropy(logits, y, reduction="sum")
     return Evaluation(correct.item() / loader.n, loss.item() / loader.n, loader.n)

@@ -27,7 +27,7 @@ from torch.nn import functional as F
 
 from modlib.data import Dataset
 from modlib.data.loader import Split
-from modlib.extract import extract
+from modlib.extract import check_features, extract
 from modlib.objectives import Objective
 from modlib.objectives.supervised import check_labels
 
@@ -197,6 +197,4 @@ def _check(name: str, rows: Tensor, labels: Tensor) -> None:
         raise ValueError(
             f"{name}: give at least two rows, as a matrix, not shape {tuple(rows.shape)}."
         )
-    check_labels(labels, len(rows), int(labels.max()) + 1)
-    if not bool(rows.isfinite().all()):
-        raise ValueError(f"{name}: they hold NaN or infinity; is the module trained and alive?")
+    check_features(name, rows, labels, int(labels.max()) + 1)

@@ -181,8 +181,6 @@ def shelve(
     >>> cards[1].behind == cards[0].fingerprint, take(other, folder, "digits") == cards
     (True, True)
     """
-    if not name or Path(name).name != name:
-        raise ValueError(f"name={name!r}: give a name without folders; those belong in folder.")
     paths = _paths(net, folder, name)
     for path in paths:
         if path.exists():
@@ -222,6 +220,8 @@ def take(net: ModularNetwork, folder: str | Path, name: str) -> list[Card]:
 
 
 def _paths(net: ModularNetwork, folder: str | Path, name: str) -> list[Path]:
+    if not name or Path(name).name != name:
+        raise ValueError(f"name={name!r}: give a name without folders; those belong in folder.")
     return [Path(folder) / f"{name}-module{k}.pt" for k in range(len(net))]
 
 

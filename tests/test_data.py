@@ -217,6 +217,10 @@ def short_mean(data: dict[str, Any]) -> None:
     data["mean"] = (0.5,)
 
 
+def mean_not_a_number(data: dict[str, Any]) -> None:
+    data["mean"] = (0.5, float("nan"), 0.5)
+
+
 def zero_std(data: dict[str, Any]) -> None:
     data["std"] = (0.5, 0.0, 0.5)
 
@@ -236,6 +240,7 @@ def zero_std(data: dict[str, Any]) -> None:
         (tensors, "train_images is a Tensor"),
         (short_mean, "mean and std need 3 numbers"),
         (zero_std, "finite, std above 0"),
+        (mean_not_a_number, "finite, std above 0"),
     ],
 )
 def test_a_wrong_array_is_named(spoil: Callable[[dict[str, Any]], None], message: str) -> None:

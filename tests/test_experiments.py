@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+import modlib
 from modlib.data import Dataset
 from modlib.experiments import RECIPES, environment, run
 from modlib.experiments.audits import audits
@@ -120,6 +121,16 @@ def test_networks_of_all_sizes_can_be_built_cut_and_staged(name: str, profile: s
     epochs = recipe.epochs(settings, len(net))
     assert isinstance(epochs, int) or len(epochs) == len(stages)
     assert net.shapes(x)[-1] == (10,)
+
+
+@pytest.mark.parametrize("name", [name for name in RECIPES if "-after-" in name])
+def test_modules_that_end_after_their_relu_have_the_same_layers(name: str) -> None:
+    before = name.replace("-after", "") if name != "cifar10-dgl-after-k3" else "cifar10-dgl"
+    profile = RECIPES[name].profiles["cpu"]
+    data, x = modlib.data.load("digits", size=32), torch.zeros(profile.batch_size, 3, 32, 32)
+    ours, theirs = (RECIPES[r].network(profile, data, 0, x) for r in (name, before))
+    assert ours.names == theirs.names
+    torch.testing.assert_close(ours.eval()(x[:2] + 1), theirs.eval()(x[:2] + 1))
 
 
 def test_every_recipe_is_compared_on_the_same_network_and_data() -> None:

@@ -465,7 +465,9 @@ def test_evaluation_is_over_every_image_of_the_split(digits: Dataset) -> None:
 
 def test_evaluation_needs_a_logit_for_each_class(digits: Dataset) -> None:
     for net in (networks.mlp([64, 5]), networks.cnn((4,), channels=1, size=8, stride=1)[:2]):
-        with pytest.raises(ValueError, match=r"net: it gives outputs .* has 10 classes"):
+        with pytest.raises(
+            ValueError, match=r"net: its output has shape .* the data have 10 classes"
+        ):
             evaluate(net, digits)
 
 

@@ -129,6 +129,8 @@ def test_what_a_file_would_not_give_back_is_not_saved(tmp_path: Path) -> None:
         zoo.save(sick, path, name="a", input_shape=[3, 8, 8])
     with pytest.raises(ValueError, match="give a name without folders"):
         zoo.shelve(network(seed=0), tmp_path, name="../a", input_shape=[3, 32, 32])
+    with pytest.raises(ValueError, match="give a name without folders"):
+        zoo.take(network(seed=0), tmp_path, "../a")
     assert not any(tmp_path.iterdir())
     shape = np.array([3, 8, 8])
     assert zoo.save(block(), path, name="a", input_shape=shape) == zoo.card(path)

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from modlib.certificates import losses
 from modlib.certificates.bounds import global_bound
-from modlib.certificates.head import Rows, best_head, check_labels
+from modlib.certificates.head import Rows, best_head, count_classes
 
 Split = Literal["train", "test"]
 _PAIRS = 2048  # examples whose pairwise inner products are compared with the floor
@@ -202,7 +202,7 @@ def _check_shapes(
         raise ValueError("weight has one row: cross_entropy needs one for each class")
     if not bool(torch.isfinite(w).all() and torch.isfinite(b).all()):
         raise ValueError("weight, bias: they contain NaN or infinity")
-    return check_labels(y, outputs if outputs > 1 else 2)
+    return count_classes(y, outputs if outputs > 1 else 2)
 
 
 def _in_proportion(labels: Tensor, size: int) -> Tensor:
@@ -375,11 +375,10 @@ def optimality_gap(
 
 def _split(network: nn.Sequential) -> tuple[nn.Sequential, nn.Linear | None, tuple[str, ...]]:
     """Everything up to the features, the head, and the assumptions that this structure breaks."""
-    last = network[-1]
-    layers = list(last) if isinstance(last, nn.Sequential) else [last]
+    layers = [network[-1]]
     while isinstance(layers[-1], nn.Sequential) and len(
         layers[-1]
-    ):  # a layer that holds the Linear
+    ):  # down to what comes last of all
         layers[-1:] = list(layers[-1])
     if not isinstance(layers[-1], nn.Linear):
         kind = type(layers[-1]).__name__

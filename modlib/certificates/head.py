@@ -233,7 +233,7 @@ def _checked(
     if y.is_floating_point() or y.is_complex() or y.dtype == torch.bool:
         raise ValueError(f"labels have type {y.dtype}: give integers 0 .. C-1")
     y = y.long()
-    counts = check_labels(y, 2 if loss != "cross_entropy" else None)
+    counts = count_classes(y, 2 if loss != "cross_entropy" else None)
     if weights is None:
         w = torch.full((len(y),), 1.0 / len(y), dtype=torch.float64)
     else:
@@ -249,7 +249,7 @@ def _checked(
     return rows, counts
 
 
-def check_labels(labels: Tensor, classes: int | None = None) -> int:
+def count_classes(labels: Tensor, classes: int | None = None) -> int:
     """The number of classes of integer labels; `ValueError` if one of them has no example."""
     if int(labels.min()) < 0:
         raise ValueError(f"labels contain {int(labels.min())}: they must be 0 .. C-1")

@@ -27,7 +27,7 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 
 from modlib.certificates.bounds import softplus
-from modlib.certificates.head import Rows, check_labels
+from modlib.certificates.head import Rows, count_classes
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class Deviations:
             raise ValueError(
                 f"features {tuple(x.shape)}, labels {tuple(y.shape)}: give (n, d) and (n,)"
             )
-        classes = check_labels(y)
+        classes = count_classes(y)
         counts = torch.bincount(y, minlength=classes)
         rows = Rows(x, y, torch.ones(len(y), dtype=torch.float64))
         means = rows.pull(torch.nn.functional.one_hot(y, classes).double() / counts)

@@ -102,6 +102,11 @@ class Dataset:
 
         Raises:
             ValueError: there is no such split.
+
+        >>> from modlib.data import load
+        >>> images, labels = load("digits").part("test")
+        >>> images.shape, labels.shape
+        ((360, 8, 8, 1), (360,))
         """
         parts = {
             "train": (self.train_images, self.train_labels),

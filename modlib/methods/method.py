@@ -163,6 +163,19 @@ def checked(name: str, objective: Objective) -> Objective:
     return objective
 
 
+def check_logits(shape: Sequence[int], classes: int) -> None:
+    """Refuse a network's output, of this shape without N, that has no logit for each class.
+
+    Raises:
+        ValueError: it has not.
+    """
+    if len(shape) != 1 or shape[0] < classes:
+        raise ValueError(
+            f"net: its output has shape {tuple(shape)}, but the data have {classes} classes; its "
+            f"last layer must give {classes} logits."
+        )
+
+
 class Method:
     """How a network is trained: turns it into stages that ``modlib.fit`` runs one after another.
 
@@ -184,11 +197,7 @@ class Method:
 
     def check_output(self, shape: Sequence[int], classes: int) -> None:
         """Refuse a network whose output, of this shape without N, the method cannot train."""
-        if len(shape) != 1 or shape[0] < classes:
-            raise ValueError(
-                f"net: its output has shape {tuple(shape)}, but the data have {classes} classes; its "
-                f"last layer must give {classes} logits."
-            )
+        check_logits(shape, classes)
 
     def make_optimizers(self, owners: Sequence[Sequence[nn.Module]]) -> list[Optimizer]:
         """One optimiser for each group of modules (a module and its objective, say)."""

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from modlib.kernels import wide
 from modlib.objectives.objective import Objective
 from modlib.objectives.proxy import SupCon
-from modlib.objectives.supervised import CrossEntropy
+from modlib.objectives.supervised import cross_entropy
 
 
 class InfoPro(Objective):
@@ -122,8 +122,7 @@ class InfoPro(Objective):
     def label_loss(self, h: Tensor, y: Tensor) -> Tensor:
         """Loss of the auxiliary network's output."""
         out = cast(Tensor, _made(self.head)(h))
-        loss: Tensor = (SupCon(0.07) if self.form == "contrast" else CrossEntropy())(out, y)
-        return loss
+        return SupCon(0.07)(out, y) if self.form == "contrast" else cross_entropy(out, y)
 
     def extra_repr(self) -> str:
         target = "pixels" if self.pixels else "x"

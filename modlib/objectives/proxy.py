@@ -63,9 +63,7 @@ class ProxyLoss(Objective):
         self.balanced = balanced
 
     def for_module(self, shape: Sequence[int], classes: int) -> Self:
-        self.kernel.gram(
-            torch.zeros(2, *shape)
-        )  # tells now if it cannot take outputs of this shape
+        self.kernel.gram(torch.zeros(2, *shape))  # a kernel that cannot take this shape says so now
         return super().for_module(shape, classes)
 
     def forward(self, h: Tensor, y: Tensor) -> Tensor:

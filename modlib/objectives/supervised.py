@@ -33,7 +33,7 @@ class CrossEntropy(Objective):
     """
 
     def forward(self, h: Tensor, y: Tensor) -> Tensor:
-        return _cross_entropy(h, y)
+        return cross_entropy(h, y)
 
 
 class AuxiliaryClassifier(Objective):
@@ -102,7 +102,7 @@ class AuxiliaryClassifier(Objective):
             self.requires_grad_(False)
 
     def forward(self, h: Tensor, y: Tensor) -> Tensor:
-        return _cross_entropy(self.logits(h), y)
+        return cross_entropy(self.logits(h), y)
 
     def logits(self, h: Tensor) -> Tensor:
         """The auxiliary network's logits (N, classes) for a module's output h."""
@@ -141,7 +141,12 @@ class MonoForward(AuxiliaryClassifier):
         return ""
 
 
-def _cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
+def cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
+    """Mean cross-entropy (nats) of logits (N, classes) and labels (N,), after checking that they fit.
+
+    Raises:
+        ValueError: they do not.
+    """
     if logits.dim() != 2:
         raise ValueError(
             f"logits must be (N, classes), but have shape {tuple(logits.shape)}; flatten or pool a "
