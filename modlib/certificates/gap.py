@@ -376,9 +376,8 @@ def optimality_gap(
 def _split(network: nn.Sequential) -> tuple[nn.Sequential, nn.Linear | None, tuple[str, ...]]:
     """Everything up to the features, the head, and the assumptions that this structure breaks."""
     layers = [network[-1]]
-    while isinstance(layers[-1], nn.Sequential) and len(
-        layers[-1]
-    ):  # down to what comes last of all
+    # Down to what comes last of all: a layer may hold the Linear.
+    while isinstance(layers[-1], nn.Sequential) and len(layers[-1]):
         layers[-1:] = list(layers[-1])
     if not isinstance(layers[-1], nn.Linear):
         kind = type(layers[-1]).__name__
