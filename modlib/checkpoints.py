@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 State = dict[str, Any]
 
@@ -89,6 +89,28 @@ def read_whole(path: Path) -> State:
             raise zipfile.BadZipFile(broken)
     state: State = torch.load(path, weights_only=True, map_location="cpu")
     return state
+
+
+def fill(module: nn.Module, state: State) -> None:
+    """Load a state dict, and lay its tensors in memory as they lay in the module that it came from.
+
+    ``load_state_dict`` alone keeps the module's own layout. In another layout (channels_last, say) a
+    convolution sums in another order, and the last bits of its output differ.
+
+    Raises:
+        RuntimeError: the state does not fit, as in ``load_state_dict``.
+
+    >>> trained = nn.Conv2d(2, 4, 3).to(memory_format=torch.channels_last)
+    >>> fresh = nn.Conv2d(2, 4, 3)
+    >>> fill(fresh, trained.state_dict())
+    >>> fresh.weight.stride() == trained.weight.stride()
+    True
+    """
+    module.load_state_dict(state)
+    for name, own in (*module.named_parameters(), *module.named_buffers()):
+        if name in state and own.stride() != state[name].stride():
+            laid = torch.empty_like(state[name], dtype=own.dtype, device=own.device)
+            own.data = laid.copy_(own.data)
 
 
 def _check_plain(value: Any, where: str) -> None:

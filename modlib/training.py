@@ -306,7 +306,7 @@ class _Run:
                 f"checkpoint: {self.checkpoint.path} holds the weights of another network; build the "
                 "one it was written for, or give another path."
             )
-        self.net.load_state_dict(state["net"])
+        checkpoints.fill(self.net, state["net"])
         self.stages[state["stage"]].load_state_dict(state["stage_state"])
         self.history = History(state["rows"], state["seconds"])
         checkpoints.set_random_state(state["random"])

@@ -128,9 +128,9 @@ def load(path: str | Path, module: nn.Module, *, behind: str | None = None) -> C
         )
     kept = {key: value.clone() for key, value in module.state_dict().items()}
     try:
-        module.load_state_dict(state["weights"])
+        checkpoints.fill(module, state["weights"])
     except RuntimeError as error:
-        module.load_state_dict(kept)
+        checkpoints.fill(module, kept)
         raise ValueError(
             f"module: the weights of {card.name!r} do not fit it "
             f"({' '.join(str(error).split())[:200]}); build it as it was built."
@@ -143,7 +143,7 @@ def load(path: str | Path, module: nn.Module, *, behind: str | None = None) -> C
                 "saved; build it with the same strides, activations and other settings."
             )
     except ValueError:
-        module.load_state_dict(kept)
+        checkpoints.fill(module, kept)
         raise
     return card
 
@@ -214,7 +214,7 @@ def take(net: ModularNetwork, folder: str | Path, name: str) -> list[Card]:
             cards.append(load(path, module, behind=behind))
             behind = cards[-1].fingerprint
     except ValueError:
-        net.load_state_dict(kept)
+        checkpoints.fill(net, kept)
         raise
     return cards
 

@@ -47,6 +47,7 @@ def _dropout() -> ModularNetwork:
 
 CASES: dict[str, tuple[Callable[[], ModularNetwork], Callable[[], Method], dict[str, Any]]] = {
     "end to end": (_cnn, E2EBP, {"epochs": 3}),
+    "channels last": (_cnn, E2EBP, {"epochs": 2, "channels_last": True}),
     "half precision": (_cnn, E2EBP, {"epochs": 2, "precision": "float16"}),
     "in turn": (_cnn, lambda: LocalLearning(in_turn=True), {"epochs": [1, 2, 1]}),
     "cached views": (

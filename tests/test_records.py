@@ -8,12 +8,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import modlib
 from modlib import zoo
 from modlib.experiments import run, transfer
 from modlib.experiments.certify import certify
 from modlib.experiments.few_labels import few_labels
+from modlib.experiments.kept import kept
 from modlib.experiments.recipes import RATES, RECIPES, TUNED
 from modlib.experiments.shelve import shelve
 from modlib.experiments.tune import ADAM_LADDER, LADDER, search
@@ -66,6 +68,20 @@ def test_a_record_is_completed_from_the_networks_that_the_run_kept(tmp_path: Pat
     assert certificate["bound"] <= certificate["best_head"] <= certificate["achieved"] + 1e-6
 
 
+def test_networks_read_back_measure_what_they_measured_in_memory(tmp_path: Path) -> None:
+    """Bit for bit: they lie in the same layout, so that convolutions sum in the same order."""
+    where = {"results": tmp_path / "results", "runs": tmp_path / "runs"}
+    final = run("cifar10-proxy-supcon", progress=False, **where)["final"]
+    one = kept("cifar10-proxy-supcon", "smoke", 0, None, **where)
+    net = one.after(one.record["history"][-1])
+    for split in ("train", "test"):
+        found = modlib.evaluate(net, one.data, split)
+        assert [found.loss, found.accuracy] == [final[f"{split}_loss"], final[f"{split}_accuracy"]]
+    weight = net.state_dict()["0.conv2.1.weight"]
+    assert one.record["settings"]["channels_last"]
+    assert weight.is_contiguous(memory_format=torch.channels_last)
+
+
 def test_a_record_without_its_run_cannot_be_completed(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="run the recipe first"):
         certify("cifar10-e2ebp", results=tmp_path, runs=tmp_path)
@@ -108,14 +124,14 @@ def test_few_labels_need_a_run(tmp_path: Path) -> None:
 def test_transfer_goes_on_from_the_modules_it_kept(tmp_path: Path) -> None:
     where = {"results": tmp_path / "results", "runs": tmp_path / "runs"}
     first = transfer.run(**where)
-    kept = sorted((tmp_path / "runs").rglob("*.pt"))
-    times = [path.stat().st_mtime_ns for path in kept]
+    files = sorted((tmp_path / "runs").rglob("*.pt"))
+    times = [path.stat().st_mtime_ns for path in files]
     with pytest.raises(ValueError, match=r"smoke-seed0\.json exists"):
         transfer.run(**where)
     (tmp_path / "results" / "transfer" / "smoke-seed0.json").unlink()
     again = transfer.run(**where)
-    assert len(kept) == len(first["tasks"]) == 3
-    assert [path.stat().st_mtime_ns for path in kept] == times
+    assert len(files) == len(first["tasks"]) == 3
+    assert [path.stat().st_mtime_ns for path in files] == times
     assert first["matrices"] == again["matrices"]
     for name, matrix in first["matrices"].items():
         assert len(matrix) == 3 and all(len(row) == 3 for row in matrix), name

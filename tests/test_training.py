@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import modlib
-from modlib import networks
+from modlib import networks, zoo
 from modlib.checkpoints import Checkpoint
 from modlib.data import Augment, Dataset, Loader
 from modlib.methods import E2EBP, LocalLearning, ProxyObjective, Stage, sgd
@@ -425,6 +425,29 @@ def test_channels_last_changes_the_layout_alone(digits: Dataset) -> None:
     first, second = histories
     for a, b in zip(first.rows, second.rows, strict=True):
         assert a["losses"] == pytest.approx(b["losses"], rel=1e-3)
+
+
+def test_a_network_read_back_lies_in_memory_as_it_was_trained(
+    digits: Dataset, tmp_path: Path
+) -> None:
+    """In another layout convolutions sum in another order: on some processors other last bits."""
+
+    def build(seed: int) -> ModularNetwork:
+        net = networks.cnn((4, 8), channels=1, size=8, stride=1, kernel="relu", seed=seed)
+        return partition(net, ["conv3", "features"])
+
+    trained = build(0)
+    quiet_fit(trained, E2EBP(), digits, epochs=1, channels_last=True)
+    zoo.save(trained, tmp_path / "net.pt", name="net", input_shape=(1, 8, 8))
+    zoo.shelve(trained, tmp_path, name="net", input_shape=(1, 8, 8))
+    loaded, taken = build(1), build(2)
+    zoo.load(tmp_path / "net.pt", loaded)
+    zoo.take(taken, tmp_path, "net")
+    for net in (loaded, taken):
+        weights = [(p.stride(), p.detach()) for p in net.state_dict().values()]
+        for (stride, weight), ours in zip(weights, trained.state_dict().values(), strict=True):
+            assert stride == ours.stride() and torch.equal(weight, ours)
+        assert evaluate(net, digits) == evaluate(trained, digits)
 
 
 def test_any_module_counts_as_one(digits: Dataset) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from modlib import checkpoints
 from modlib.data import Dataset, Loader
 from modlib.experiments.recipes import RECIPES
 from modlib.experiments.run import Record
@@ -45,7 +46,7 @@ class Kept:
     def after(self, row: dict[str, Any]) -> ModularNetwork:
         """The network after one epoch, named by its row in the history."""
         path = self.folder / f"stage{row['stage']}-epoch{row['epoch']}.pt"
-        self.net.load_state_dict(torch.load(path, weights_only=True))
+        checkpoints.fill(self.net, checkpoints.read_whole(path))
         return self.net.eval()
 
 
