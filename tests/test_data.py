@@ -43,6 +43,7 @@ from modlib.data import loader as loader_file
 from modlib.data.augment import Windows, cutout_mask, pad_images, spans, spans_by_index
 from modlib.data.cache import PARTS, read, root_folder, write, writing
 from modlib.data.dataset import statistics
+from modlib.data.stratified import stratified_batches
 
 # --------------------------------------------------------------------------- what tests use
 
@@ -502,7 +503,11 @@ def test_sample_is_plain_fixed_and_mixed() -> None:
     [
         ({"split": "valid"}, "split is 'valid'"),
         ({"batch_size": 0}, "batch_size is 0"),
-        ({"batch_size": 61}, "batch_size is 61 but made has 60 train images"),
+        ({"batch_size": 2.5}, "batch_size is 2.5"),
+        ({"sampler": "balanced"}, "sampler is 'balanced'"),
+        ({"sampler": "stratified", "shuffle": False}, "full batches in random order"),
+        ({"sampler": "stratified", "drop_last": False}, "full batches in random order"),
+        ({"sampler": "stratified", "batch_size": 7}, "take a number from 8 .two of each class"),
         ({"memory": "disk"}, "memory is 'disk'"),
         ({"device": "gpu"}, "device is 'gpu'"),
         ({"augment": Augment(pad=12)}, "augment pads by 12 but made has a side of 12"),
@@ -523,6 +528,13 @@ def test_a_wrong_seed_is_refused_before_the_first_batch() -> None:
         Loader(made(), batch_size=8).sample(61)
 
 
+@pytest.mark.parametrize("drop_last", [True, False])
+def test_a_batch_is_no_larger_than_the_set(drop_last: bool) -> None:
+    loader = Loader(made(n=120), drop_last=drop_last)
+    assert loader.batch_size == 120 and len(loader) == 1
+    assert loader.sample(50)[1].shape == (50,) and epoch(loader)[1].shape == (120,)
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_cuda_delivers_the_batches_of_the_cpu() -> None:
     for channels_last in (False, True):
@@ -538,6 +550,84 @@ def test_cuda_delivers_the_batches_of_the_cpu() -> None:
         )
         for (x, y), (u, v) in zip(cpu.epoch(0, 0), cuda.epoch(0, 0), strict=True):
             assert u.is_cuda and torch.allclose(x, u.cpu(), atol=1e-6) and torch.equal(y, v.cpu())
+
+
+# --------------------------------------------------------------------------- stratified batches
+
+
+def unbalanced(counts: tuple[int, ...]) -> Dataset:
+    """So many images of each class, sorted by class, no two alike."""
+    labels, test = np.repeat(np.arange(len(counts)), counts), np.arange(len(counts))
+    side = 6
+    return Dataset("rare", pictures(len(labels), side), labels, pictures(len(test), side), test)
+
+
+@pytest.mark.parametrize(
+    ("counts", "batch_size"),
+    [
+        ((95, 5), 16),  # 5 % positives
+        ((95, 5), 4),  # no more than two of each
+        ((19, 19, 19), 7),  # an odd remainder
+        ((300, 2, 1, 40), 10),  # a class of two, a class of one
+        ((2, 2, 2), 6),  # the whole set
+        ((0, 30, 0, 30), 9),  # numbers that no image has
+    ],
+)
+def test_a_stratified_batch_holds_each_class_in_proportion_and_two_of_each(
+    counts: tuple[int, ...], batch_size: int
+) -> None:
+    labels = np.repeat(np.arange(len(counts)), counts)
+    n, have = len(labels), np.array(counts)
+    for seed in range(20):
+        rows = stratified_batches(labels, batch_size, np.random.default_rng(seed))
+        assert rows.shape == (n // batch_size, batch_size)
+        assert all(len(set(row)) == batch_size for row in rows.tolist())  # none twice in a batch
+        held = np.stack([np.bincount(labels[row], minlength=len(counts)) for row in rows])
+        assert (held[:, have >= 2] >= 2).all()
+        lifted = (have >= 2) & (batch_size * have < 2 * n)
+        if lifted.any():
+            assert (held[:, lifted] == 2).all()
+        else:
+            assert (held >= batch_size * have // n).all()
+            assert (held <= -(-batch_size * have // n)).all()
+            assert np.bincount(rows.ravel()).max() == 1  # none twice in an epoch
+            in_all = len(rows) * batch_size * have
+            assert (held.sum(0) >= in_all // n).all() and (held.sum(0) <= -(-in_all // n)).all()
+
+
+def test_stratified_batches_come_in_another_order_each_epoch_and_in_the_same_again() -> None:
+    data = unbalanced((57, 3))
+    loader, again = (
+        Loader(data, batch_size=12, sampler="stratified", augment=Augment(1)) for _ in range(2)
+    )
+    x, y = epoch(loader, 3, 5)
+    torch.rand(3), epoch(again, 3, 6)
+    u, v = epoch(again, 3, 5)
+    assert torch.equal(x, u) and torch.equal(y, v)
+    assert not torch.equal(epoch(loader, 3, 6)[0], x) and not torch.equal(epoch(loader, 4, 5)[0], x)
+    assert len({tuple(batch.tolist()) for _, batch in loader.epoch(3, 5)}) == len(loader)  # mixed
+    plain = Loader(data, batch_size=12)
+    assert torch.equal(loader.sample(9)[0], plain.sample(9)[0])
+
+
+def test_stratified_labels_belong_to_their_images() -> None:
+    data = unbalanced((57, 3))
+    known = {i.tobytes(): int(t) for i, t in zip(data.train_images, data.train_labels, strict=True)}
+    for memory in ("device", "map"):
+        x, y = epoch(Loader(data, batch_size=12, sampler="stratified", memory=memory))
+        shown = [i.contiguous().numpy().tobytes() for i in raw(x, data).permute(0, 2, 3, 1)]
+        assert [known[i] for i in shown] == y.tolist()
+        assert set(shown) >= {i.tobytes() for i in data.train_images[57:]}  # all of the rare ones
+
+
+def test_neighbouring_classes_meet_in_some_epoch() -> None:
+    labels = np.repeat(np.arange(8), 9)
+    met = np.zeros((8, 8), bool)
+    for seed in range(40):  # 20 in a batch of 8 classes: two of each, and a third of every other
+        for row in stratified_batches(labels, 20, np.random.default_rng(seed)):
+            third = np.flatnonzero(np.bincount(labels[row], minlength=8) == 3)
+            met[np.ix_(third, third)] = True
+    assert met.all()
 
 
 # --------------------------------------------------------------------------- prepared caches

@@ -13,10 +13,12 @@ from torch import Tensor
 
 from modlib.data.augment import PLAIN, Augment, Windows, cutout_mask, default_augment
 from modlib.data.dataset import Array, Dataset, take
+from modlib.data.stratified import check_batch, stratified_batches
 
 Batch = tuple[Tensor, Tensor]
 Split = Literal["train", "test"]
 Memory = Literal["auto", "device", "map"]
+Sampler = Literal["uniform", "stratified"]
 
 
 class Loader:
@@ -29,7 +31,7 @@ class Loader:
     Args:
         dataset: what to load from.
         split: "train" or "test".
-        batch_size: images in a batch.
+        batch_size: images in a batch; all of them where the split has fewer.
         device: where batches are delivered.
         augment: an ``Augment``, True for ``default_augment(dataset)``, False for none.
         shuffle: take the images in a new random order in each epoch.
@@ -37,12 +39,15 @@ class Loader:
         channels_last: deliver images in torch's channels_last memory format.
         memory: "device" holds the images there, "map" leaves them where they are, "auto" holds
             them if they take no more than half of the memory that is free.
+        sampler: "uniform" deals the shuffled images out; "stratified" fills each batch with every
+            class in proportion, and at least two of each class that has two (for losses on pairs).
+            Images of a rare class then come more than once an epoch.
 
     Attributes:
         n: number of images.
 
     Raises:
-        ValueError: naming the argument, if one is out of range or there would be no batch.
+        ValueError: naming the argument, if one is out of range or two cannot go together.
 
     >>> from modlib.data import load
     >>> loader = Loader(load("digits"), batch_size=100, augment=Augment(pad=1, flip=False))
@@ -64,23 +69,20 @@ class Loader:
         drop_last: bool = True,
         channels_last: bool = False,
         memory: Memory = "auto",
+        sampler: Sampler = "uniform",
     ) -> None:
         if memory not in get_args(Memory):
             raise ValueError(f"memory is {memory!r}; give one of {get_args(Memory)}.")
         images, labels = dataset.part(split)
-        self.dataset, self.split, self.batch_size = dataset, split, batch_size
-        self.shuffle, self.drop_last, self.channels_last = shuffle, drop_last, channels_last
         self.n = len(labels)
+        self.dataset, self.split, self.batch_size = dataset, split, min(_whole(batch_size), self.n)
+        self.shuffle, self.drop_last, self.channels_last = shuffle, drop_last, channels_last
         self.device = _checked_device(device)
         self.augment = _checked_augment(augment, dataset)
-        if batch_size < 1 or len(self) == 0:
-            raise ValueError(
-                f"batch_size is {batch_size} but {dataset.name} has {self.n} {split} images; give "
-                f"a number from 1 to {self.n}, or drop_last=False."
-            )
         # A vector is an image of one pixel with many channels: there is one way for both.
         self._images = images[:, None, None, :] if dataset.is_vector else images
         self._labels = np.array(labels)  # out of the memory map: looked up in each epoch
+        self.sampler = self._checked_sampler(sampler)
         self._planar = not channels_last
         self._scale, self._shift = self._normalisation()
         self._windows = None
@@ -135,22 +137,26 @@ class Loader:
         """
         if not 1 <= n <= self.n:
             raise ValueError(f"n is {n}; give a number from 1 to {self.n}.")
-        index = self._order(np.random.default_rng((0, 0)))[:n]
+        rng = np.random.default_rng((0, 0))
+        index = rng.permutation(self.n)[:n] if self.shuffle else np.arange(n)
         windows = Windows(take(self._images, index), PLAIN, self.device, self._planar)
         zero = np.zeros(n, np.int64)
         starts = windows.starts(np.arange(n), zero, zero, zero)
         return self._finish(windows.crops(starts)), self._on_device(self._labels[index])
 
     def _order(self, rng: np.random.Generator) -> Array:
+        if self.sampler == "stratified":
+            return stratified_batches(self._labels, self.batch_size, rng).ravel()
         return rng.permutation(self.n) if self.shuffle else np.arange(self.n)
 
     def _batches(self, rng: np.random.Generator) -> Iterator[Batch]:
         order = self._order(rng)
+        n = len(order)
         # Numpy draws for all devices alike; one transfer an epoch, not one a batch.
-        row, column = rng.integers(0, 2 * self.augment.pad + 1, (2, self.n))
-        flip = rng.integers(0, 1 + self.augment.flip, self.n)
+        row, column = rng.integers(0, 2 * self.augment.pad + 1, (2, n))
+        flip = rng.integers(0, 1 + self.augment.flip, n)
         height, width = self._images.shape[1:3]
-        centre = self._on_device(rng.integers(0, [[height], [width]], (2, self.n)))
+        centre = self._on_device(rng.integers(0, [[height], [width]], (2, n)))
         labels = self._on_device(self._labels[order])
         held = self._windows
         starts = held.starts(order, flip, row, column) if held else None
@@ -170,6 +176,18 @@ class Loader:
         """Crops of images that are not held on the device."""
         windows = Windows(take(self._images, image), self.augment, self.device, self._planar)
         return windows.crops(windows.starts(np.arange(len(image)), flip, row, column))
+
+    def _checked_sampler(self, sampler: Sampler) -> Sampler:
+        if sampler not in get_args(Sampler):
+            raise ValueError(f"sampler is {sampler!r}; give one of {get_args(Sampler)}.")
+        if sampler == "stratified":
+            if not (self.shuffle and self.drop_last):
+                raise ValueError(
+                    "sampler='stratified' makes full batches in random order; leave shuffle and "
+                    "drop_last at True, or give sampler='uniform'."
+                )
+            check_batch(self._labels, self.batch_size)
+        return sampler
 
     def _on_device(self, array: Array) -> Tensor:
         return torch.from_numpy(array).to(self.device)
@@ -207,6 +225,12 @@ def free_memory(device: torch.device) -> int:
         if not hasattr(os, "sysconf"):
             return 4 << 30
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+
+
+def _whole(batch_size: object) -> int:
+    if not isinstance(batch_size, (int, np.integer)) or batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size!r}; give a whole number of at least 1.")
+    return int(batch_size)
 
 
 def _checked_device(device: str | torch.device) -> torch.device:
