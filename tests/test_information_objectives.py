@@ -507,7 +507,7 @@ def test_hooks_and_graphs_are_gone_after_a_step() -> None:
     with SavedBytes() as memory:
         stage.step(x, y)
         assert memory.now == 0
-        with pytest.raises(IndexError):
+        with pytest.raises(ValueError, match="y holds labels from 100"):
             stage.step(x, y + 100)
     assert hooks(net) == 0
     assert all(not o.movements for o in stage.objectives)  # type: ignore[union-attr]

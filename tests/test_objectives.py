@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from modlib import objectives
 from modlib.kernels import Gaussian, Kernel
+from modlib.methods import TransportRegularised
 from modlib.objectives import (
     NMSE,
     Alignment,
@@ -306,6 +307,30 @@ def test_a_batch_without_equal_labels_is_refused_where_it_must_be(name: str) -> 
 def test_labels_of_another_shape_are_refused(y: Tensor) -> None:
     with pytest.raises(ValueError, match="y must hold one label for each of the 4 outputs"):
         Raw()(torch.randn(4, 3), y)
+
+
+EVERY: dict[str, Callable[[], Objective]] = {
+    "transport": lambda: TransportRegularised().objective,
+    **{
+        name: kind
+        for name, kind in vars(objectives).items()
+        if isinstance(kind, type)
+        and issubclass(kind, Objective)
+        and kind not in (Objective, ProxyLoss)
+    },
+}
+
+
+@pytest.mark.parametrize("y", [torch.randn(16), torch.arange(16.0) % 4, torch.ones(16).bool()])
+@pytest.mark.parametrize("name", sorted(EVERY.keys() - {"InfoNCE"}))  # InfoNCE ignores labels
+def test_labels_that_are_no_whole_numbers_are_refused(name: str, y: Tensor) -> None:
+    """All float labels differ, so that pairs of them would be of different classes, silently."""
+    objective = EVERY[name]()
+    shape = (4, 4, 4) if name == "InfoPro" else (8,)
+    ready, h, x = objective.for_module(shape, 8), torch.randn(16, *shape), torch.randn(16, 3, 8, 8)
+    assert ready.local(h, torch.arange(16) % 4, x).isfinite()
+    with pytest.raises(ValueError, match=rf"y holds {y.dtype}; labels are int64"):
+        ready.local(h, y, x)
 
 
 @pytest.mark.parametrize("objective", [Alignment, UpperTriangleAlignment])

@@ -16,13 +16,13 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from modlib.kernels import wide
 from modlib.methods.local import LocalLearning
 from modlib.methods.method import Optimizers, Stage
 from modlib.network import ModularNetwork
 from modlib.objectives import AuxiliaryClassifier
+from modlib.objectives.supervised import cross_entropy
 
 _LAST_NORM = {"BasicBlock": "bn2", "Bottleneck": "bn3"}  # torchvision's, which takes long to import
 
@@ -106,7 +106,7 @@ class _Transport(AuxiliaryClassifier):
         self.movements: list[Tensor] = []
 
     def forward(self, h: Tensor, y: Tensor) -> Tensor:
-        return F.cross_entropy(self.logits(h), y, label_smoothing=self.smoothing)
+        return cross_entropy(self.logits(h), y, self.smoothing)
 
     def local(self, h: Tensor, y: Tensor, x: Tensor) -> Tensor:
         price = sum(self.movements, start=torch.zeros((), device=h.device)) / (2 * self.tau)

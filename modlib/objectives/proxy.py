@@ -35,6 +35,7 @@ from torch import Tensor
 from modlib import kernels
 from modlib.kernels import Kernel
 from modlib.objectives.objective import Objective
+from modlib.objectives.supervised import check_labels
 
 
 class ProxyLoss(Objective):
@@ -283,6 +284,7 @@ def _equal_labels(y: Tensor, n: int) -> Tensor:
             f"y must hold one label for each of the {n} outputs, or a boolean matrix ({n}, {n}) of "
             f"the pairs of the same class, but is {str(y.dtype)[6:]} of shape {tuple(y.shape)}."
         )
+    check_labels(y, n)  # float32 numbers are all different: each would be a class of its own
     return y[:, None] == y[None, :]
 
 

@@ -141,7 +141,7 @@ class MonoForward(AuxiliaryClassifier):
         return ""
 
 
-def cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
+def cross_entropy(logits: Tensor, y: Tensor, smoothing: float = 0.0) -> Tensor:
     """Mean cross-entropy (nats) of logits (N, classes) and labels (N,), after checking that they fit.
 
     Raises:
@@ -153,11 +153,11 @@ def cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
             "module's output before a linear layer."
         )
     check_labels(y, *logits.shape)
-    return F.cross_entropy(logits, y)
+    return F.cross_entropy(logits, y, label_smoothing=smoothing)
 
 
-def check_labels(y: Tensor, n: int, classes: int) -> None:
-    """Refuse labels that are not int64 (n,), n > 0, or not below ``classes``.
+def check_labels(y: Tensor, n: int, classes: int | None = None) -> None:
+    """Refuse labels that are not int64 (n,), n > 0, or not below ``classes``, where that is known.
 
     On a GPU the values are not looked at: that would wait for it in every step.
 
@@ -176,7 +176,9 @@ def check_labels(y: Tensor, n: int, classes: int) -> None:
         )
     if y.dtype != torch.int64:
         raise ValueError(f"y holds {y.dtype}; labels are int64, as labels.long() gives.")
-    if y.device.type == "cpu" and not 0 <= int(y.min()) <= int(y.max()) < classes:
+    if classes is None or y.device.type != "cpu":
+        return
+    if not 0 <= int(y.min()) <= int(y.max()) < classes:
         raise ValueError(
             f"y holds labels from {int(y.min())} to {int(y.max())}, but there are {classes} classes, "
             "which are counted from 0."
