@@ -425,4 +425,3 @@ def test_auxiliary_networks_that_cannot_be_are_refused() -> None:
 def test_an_objective_must_say_what_it_is() -> None:
     with pytest.raises(NotImplementedError, match="Objective must define forward"):
         Objective()(torch.zeros(1), torch.zeros(1))
-    assert set(objectives.__all__) >= {o.__name__ for o in CLASSICAL}

@@ -1,19 +1,24 @@
-"""The small reference networks of the book."""
+"""The small reference networks of the book.
 
-from modlib.networks.cnn import cnn
-from modlib.networks.mlp import mlp
-from modlib.networks.patches import JoinPatches, Patches, patch_cnn
-from modlib.networks.residual import ResidualUnit, resnet
-from modlib.networks.vgg import VGGUnit, vgg8b
+Each is a chain of layers, to be cut by ``modlib.partition``::
 
-__all__ = [
-    "JoinPatches",
-    "Patches",
-    "ResidualUnit",
-    "VGGUnit",
-    "cnn",
-    "mlp",
-    "patch_cnn",
-    "resnet",
-    "vgg8b",
-]
+    mlp        a multilayer perceptron
+    cnn        a plain convolutional network
+    resnet     a residual network of 6n + 2 layers
+    vgg8b      on which local error signals were published
+    patch_cnn  an encoder of patches, for Greedy InfoMax
+
+Their layers, for networks of your own: ``ResidualUnit``, ``VGGUnit``, ``Patches``, ``JoinPatches``.
+"""
+
+from modlib.networks.cnn import cnn as cnn
+from modlib.networks.mlp import mlp as mlp
+from modlib.networks.patches import JoinPatches as JoinPatches
+from modlib.networks.patches import Patches as Patches
+from modlib.networks.patches import patch_cnn as patch_cnn
+from modlib.networks.residual import ResidualUnit as ResidualUnit
+from modlib.networks.residual import resnet as resnet
+from modlib.networks.vgg import VGGUnit as VGGUnit
+from modlib.networks.vgg import vgg8b as vgg8b
+
+# There is no __all__: help() would print every member that each layer inherits from torch.
