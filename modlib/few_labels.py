@@ -29,6 +29,7 @@ from torch.nn import functional as F
 from modlib.certificates import best_head
 from modlib.certificates.head import count_classes
 from modlib.extract import check_features
+from modlib.kernels import double
 from modlib.objectives.supervised import check_labels
 
 Features = tuple[Tensor, Tensor]  # unit feature vectors (n, D) and labels (n,)
@@ -72,22 +73,23 @@ def anchor_bound(anchors: Tensor, features: Tensor, labels: Tensor) -> AnchorBou
     (0.25, 0.25)
     """
     _check_unit(anchors, features, labels)
-    anchors, features = anchors.double(), features.double()
+    anchors, features = double(anchors), double(features)
+    labels = labels.to(features.device)
     among = (anchors @ anchors.T).fill_diagonal_(-1.0)
     nearest = among.max(1).values
     threshold = ((1 + nearest) / 2).clamp(0, 1).sqrt()
     scores = features @ anchors.T
     own = scores.gather(1, labels[:, None]).squeeze(1)
     others = scores.scatter(1, labels[:, None], -torch.inf).max(1).values
-    shares = torch.bincount(labels, minlength=len(anchors)).double() / len(labels)
+    shares = double(torch.bincount(labels, minlength=len(anchors))) / len(labels)
     means = torch.zeros_like(shares).index_add_(0, labels, own) / (shares * len(labels)).clamp_min(
         1
     )
     room = 1 - threshold  # none where two anchors coincide: then nothing is known
     markov = torch.where(room > _SLACK, ((1 - means + _SLACK) / room).clamp(0, 1), 1.0)
     return AnchorBound(
-        float((others >= own).double().mean()),
-        float((own <= threshold[labels] + _SLACK).double().mean()),
+        _share(others >= own),
+        _share(own <= threshold[labels] + _SLACK),
         float((shares * markov).sum()),
         nearest,
     )
@@ -160,11 +162,11 @@ def one_label_bound(train: Features, test: Features) -> float:
     classes = _classes(*train)
     for features, labels in (train, test):
         _check_unit(features.new_zeros(classes, features.shape[1]), features, labels)
-    shares = torch.bincount(test[1], minlength=classes).double() / len(test[1])
-    groups = [train[0][train[1] == c].double() for c in range(classes)]
+    shares = double(torch.bincount(test[1], minlength=classes)) / len(test[1])
+    groups = [double(train[0][train[1] == c]) for c in range(classes)]
     total = 0.0
     for c in range(classes):
-        own = (test[0][test[1] == c].double() @ groups[c].T).flatten().sort().values
+        own = (double(test[0][test[1] == c]) @ groups[c].T).flatten().sort().values
         others = [
             (groups[c] @ other.T).flatten().sort().values
             for d, other in enumerate(groups)
@@ -178,7 +180,7 @@ def _best_threshold(own: Tensor, others: Sequence[Tensor]) -> float:
     """The least over δ of: own similarities at most √((1 + δ)/2), plus others above δ (shares)."""
     if not len(own):
         return 0.0
-    delta = torch.linspace(-1.0, 1.0, 401, dtype=torch.float64)
+    delta = torch.linspace(-1.0, 1.0, 401, dtype=torch.float64, device=own.device)
     threshold = ((1 + delta) / 2).sqrt()
     below = torch.searchsorted(own, threshold + _SLACK, right=True) / len(own)
     above = sum(1 - torch.searchsorted(o, delta - _SLACK, right=True) / len(o) for o in others)
@@ -250,7 +252,11 @@ _HEADS = {"anchors": nearest_anchor, "logistic": logistic_head}
 
 
 def _accuracy(scores: Tensor, labels: Tensor) -> float:
-    return float((scores.argmax(1) == labels).double().mean())
+    return _share(scores.argmax(1) == labels)
+
+
+def _share(true: Tensor) -> float:
+    return float(double(true).mean())
 
 
 def _classes(features: Tensor, labels: Tensor) -> int:

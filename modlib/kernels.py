@@ -34,6 +34,11 @@ def wide(h: Tensor) -> Tensor:
     return h.float() if h.dtype.itemsize < 4 else h
 
 
+def double(h: Tensor) -> Tensor:
+    """h in float64; on the CPU if it lies on one of Apple's GPUs, which have none."""
+    return (h.cpu() if h.device.type == "mps" else h).double()
+
+
 @dataclass(frozen=True)
 class Kernel:
     r"""A kernel on module outputs, normalised so that every output is at distance 1 from the origin.

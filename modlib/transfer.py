@@ -28,6 +28,7 @@ from torch.nn import functional as F
 from modlib.data import Dataset
 from modlib.data.loader import Split
 from modlib.extract import check_features, extract
+from modlib.kernels import double
 from modlib.objectives import Objective
 from modlib.objectives.supervised import check_labels
 
@@ -98,7 +99,7 @@ def centred_alignment(features: Tensor, labels: Tensor) -> float:
         raise ValueError(
             "labels: all are of one class, and one class has no task; give two or more."
         )
-    phi, z = features.double(), F.one_hot(labels).double()
+    phi, z = double(features), double(F.one_hot(labels))
     phi, z = phi - phi.mean(0), z - z.mean(0)
     spread = (phi.T @ phi).norm()
     if spread <= 1e-12 * len(labels):  # rounding: all features are equal
@@ -123,10 +124,10 @@ def log_evidence(features: Tensor, labels: Tensor, steps: int = 100) -> float:
     True
     """
     _check("features", features, labels)
-    left, singular, _ = torch.linalg.svd(features.double(), full_matrices=False)
+    left, singular, _ = torch.linalg.svd(double(features), full_matrices=False)
     spanned = singular > 1e-12 * singular[0]  # directions that features have at all
     left, singular = left[:, spanned], singular[spanned]
-    targets = [(labels == c).double() for c in sorted(set(labels.tolist()))]  # those that occur
+    targets = [double(labels == c) for c in sorted(set(labels.tolist()))]  # those that occur
     return sum(_evidence(left, singular, target, steps) for target in targets) / len(targets)
 
 
@@ -170,13 +171,13 @@ def leep(probabilities: Tensor, labels: Tensor) -> float:
     0.0
     """
     _check("probabilities", probabilities, labels)
-    theta = probabilities.double()
+    theta = double(probabilities)
     if bool((theta < 0).any()) or float((theta.sum(1) - 1).abs().max()) > 1e-3:
         raise ValueError("probabilities: rows must be nonnegative and sum to 1; take a softmax.")
-    targets = F.one_hot(labels).double()
+    targets = double(F.one_hot(labels))
     joint = targets.T @ theta / len(labels)  # P(y, z)
     conditional = joint / joint.sum(0).clamp_min(1e-300)
-    likelihood = (theta @ conditional.T).gather(1, labels[:, None])
+    likelihood = (theta @ conditional.T).gather(1, labels.to(theta.device)[:, None])
     return float(likelihood.clamp_min(1e-300).log().mean()) + 0.0
 
 
@@ -187,7 +188,7 @@ def negative_conditional_entropy(answers: Tensor, labels: Tensor) -> float:
     0.0
     """
     check_labels(labels, len(answers), int(labels.max()) + 1)
-    joint = F.one_hot(labels).double().T @ F.one_hot(answers).double() / len(labels)
+    joint = double(F.one_hot(labels)).T @ double(F.one_hot(answers)) / len(labels)
     conditional = joint / joint.sum(0).clamp_min(1e-300)
     return float(torch.xlogy(joint, conditional).sum()) + 0.0
 

@@ -278,7 +278,7 @@ def _lowest_cosine(rows: Rows, classes: int, norm: float, floor: float) -> float
     onehot = torch.nn.functional.one_hot(rows.labels, classes).double()
     sums = rows.pull(onehot / onehot.sum(0))[:, :-1] * rows.n
     keep = torch.linspace(0, rows.n - 1, min(rows.n, _PAIRS)).long()
-    sample = torch.as_tensor(rows.features[keep]).double()
+    sample = torch.as_tensor(rows.features[keep]).cpu().double()
     lowest = math.inf
     for points, kinds in ((sums, torch.arange(classes)), (sample, rows.labels[keep])):
         gram = points @ points.T

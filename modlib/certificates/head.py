@@ -125,7 +125,7 @@ class Rows:
 def _double(features: Tensor | np.ndarray[Any, Any]) -> Tensor:
     if isinstance(features, np.ndarray):  # a copy: the array may be a read-only map of a file
         features = torch.from_numpy(np.array(features, dtype=np.float64))
-    return features.to("cpu", torch.float64)
+    return features.cpu().double()  # moved first: Apple's GPUs have no float64
 
 
 class Problem:

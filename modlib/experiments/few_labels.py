@@ -39,6 +39,7 @@ from modlib.few_labels import (
     nearest_anchor,
     one_label_bound,
 )
+from modlib.kernels import double
 from modlib.methods import E2EBP, sgd
 from modlib.training import evaluate, fit
 
@@ -115,7 +116,7 @@ def measure(features: nn.Module, data: Dataset, sizes: Iterable[int]) -> dict[st
         "all_anchors": nearest_anchor(train, test),
         "all_logistic": logistic_head(train, test),
         "misplaced": [int(misplaced[chosen].sum()) for chosen in drawn],
-        "misplaced_share": float(misplaced.double().mean()),
+        "misplaced_share": float(double(misplaced).mean()),
         "counted": [bound.counted for bound in bounds],
         "markov": [bound.markov for bound in bounds],
         "expected_bound": one_label_bound(*part),

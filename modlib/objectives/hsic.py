@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from modlib.kernels import Gaussian, wide
+from modlib.kernels import Gaussian, double, wide
 from modlib.objectives.objective import Objective
 from modlib.objectives.supervised import check_labels
 
@@ -139,8 +139,7 @@ def _centred_gram(a: Tensor, bandwidth: float) -> Tensor:
     A wide kernel or small outputs make all entries of K nearly 1, and what centring leaves of them is
     divided by ε: float32 then gets only two or three digits of nHSIC right.
     """
-    vectors = (a.cpu() if a.device.type == "mps" else a).double()  # Apple's GPUs have no float64
-    gram = Gaussian(bandwidth * a.shape[1] ** 0.5).gram(vectors)
+    gram = Gaussian(bandwidth * a.shape[1] ** 0.5).gram(double(a))
     return gram - gram.mean(0, keepdim=True) - gram.mean(1, keepdim=True) + gram.mean()
 
 
