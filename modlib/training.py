@@ -162,6 +162,8 @@ def fit(
         sample, _ = loader.sample(min(batch_size, 8))
         method.check_output(_output_shape(net, sample, data), len(data.classes))
         stages = method.stages(net, sample)
+        for objective in (o for stage in stages for o in stage.objectives):
+            objective.set_normalisation(data.mean, data.std)
         lengths = _epochs(epochs, len(stages))
         settings = _Settings(
             lengths,

@@ -97,8 +97,6 @@ def infopro(
 ) -> InformationPropagation:
     """InfoPro: hidden modules also keep what rebuilds the image.
 
-    Give the ``mean`` and ``std`` of the data set, so that the decoder rebuilds pixels.
-
     Published: CIFAR-10, ResNet-110, batches of 1024, 160 epochs; first and last weights (5, 0.5) with two
     modules, (1, 0) and (0, 1) with four, (5, 0) and (0, 1) with eight, (5, 0) and (0.5, 1) with 16.
 

@@ -31,8 +31,9 @@ class InfoPro(Objective):
         label: λ2 ≥ 0.
         form: of the loss on labels: "softmax" (cross-entropy of an auxiliary classifier) or
             "contrast" (``SupCon`` with τ = 0.07 on 128 outputs of an auxiliary network).
-        mean, std: what each channel of x was normalised with; with both, the decoder predicts pixels in
-            0..1 and is scored by binary cross-entropy. Without, x itself, by squared error.
+        mean, std: what each channel of x was normalised with, so that the decoder predicts pixels in
+            0..1, as published; ``modlib.fit`` tells it. Where nobody does, the decoder predicts σ(x),
+            which is near 1/2 + x/4.
         channels: of the image.
 
     Raises:
@@ -75,9 +76,11 @@ class InfoPro(Objective):
             )
         self.reconstruction, self.label, self.form = reconstruction, label, form
         self.channels = channels
-        self.pixels = mean is not None
-        self.register_buffer("mean", _column(mean or [0.0]), persistent=False)
-        self.register_buffer("std", _column(std or [1.0]), persistent=False)
+        self.pixels = False
+        self.register_buffer("mean", torch.zeros(channels, 1, 1), persistent=False)
+        self.register_buffer("std", torch.ones(channels, 1, 1), persistent=False)
+        if mean is not None and std is not None:
+            self.set_normalisation(mean, std)
         self.decoder: nn.Module | None = None
         self.head: nn.Module | None = None
 
@@ -91,6 +94,13 @@ class InfoPro(Objective):
         ready.decoder = _decoder(shape[0], self.channels)
         ready.head = _head(shape, 128 if self.form == "contrast" else classes)
         return ready
+
+    def set_normalisation(self, mean: Sequence[float], std: Sequence[float]) -> None:
+        if self.pixels or len(mean) != self.channels:
+            return
+        for own, given in ((self.mean, mean), (self.std, std)):
+            own.copy_(torch.tensor(given).view_as(own))
+        self.pixels = True
 
     def local(self, h: Tensor, y: Tensor, x: Tensor) -> Tensor:
         terms = []  # a term of weight 0 is not computed: the decoder works at the image's full size
@@ -106,7 +116,20 @@ class InfoPro(Objective):
         )
 
     def reconstruction_loss(self, h: Tensor, x: Tensor) -> Tensor:
-        """How badly the decoder tells the images x (N, channels, H, W), a mean over all pixels."""
+        """How badly the decoder tells the images x (N, channels, H, W), a mean over all pixels.
+
+        A cross-entropy, whose gradient stays bounded where the decoder is far off; that of a squared
+        error grows with the error, and a step that is too long makes the next one longer.
+        """
+        # the decoder's sigmoid is in the loss, where it cannot overflow
+        return F.binary_cross_entropy_with_logits(self.rebuilt(h, x), self.brightness(x))
+
+    def brightness(self, x: Tensor) -> Tensor:
+        """What the decoder has to tell, in 0..1."""
+        return x * self.std + self.mean if self.pixels else x.sigmoid()
+
+    def rebuilt(self, h: Tensor, x: Tensor) -> Tensor:
+        """The decoder's image from h, as logits, in the size of x."""
         if x.dim() != 4 or x.shape[1] != self.channels or not len(x) == len(h) > 0:
             raise ValueError(
                 f"x has shape {tuple(x.shape)}, but the decoder makes images (N, {self.channels}, H, "
@@ -114,10 +137,7 @@ class InfoPro(Objective):
                 "number of channels."
             )
         large = F.interpolate(wide(h), x.shape[-2:], mode="bilinear", align_corners=True)
-        image = wide(_made(self.decoder)(large))
-        if self.pixels:  # the decoder's sigmoid is in the loss, where it cannot overflow
-            return F.binary_cross_entropy_with_logits(image, x * self.std + self.mean)
-        return F.mse_loss(image, x)
+        return wide(_made(self.decoder)(large))
 
     def label_loss(self, h: Tensor, y: Tensor) -> Tensor:
         """Loss of the auxiliary network's output."""
@@ -125,7 +145,7 @@ class InfoPro(Objective):
         return SupCon(0.07)(out, y) if self.form == "contrast" else cross_entropy(out, y)
 
     def extra_repr(self) -> str:
-        target = "pixels" if self.pixels else "x"
+        target = "pixels" if self.pixels else "σ(x)"
         return f"reconstruction={self.reconstruction}, label={self.label}, {self.form!r}, {target}"
 
 
@@ -146,10 +166,6 @@ def infopro_weights(
         raise ValueError(f"modules={modules}: give at least 1.")
     shares = [k / max(modules - 2, 1) for k in range(modules - 1)]
     return [((1 - t) * first[0] + t * last[0], (1 - t) * first[1] + t * last[1]) for t in shares]
-
-
-def _column(numbers: Sequence[float]) -> Tensor:
-    return torch.tensor(numbers).view(-1, 1, 1)  # one number for each channel
 
 
 def _decoder(channels: int, image: int) -> nn.Sequential:

@@ -26,6 +26,13 @@ class Objective(nn.Module):
         """
         return copy.deepcopy(self)
 
+    def set_normalisation(self, mean: Sequence[float], std: Sequence[float]) -> None:
+        """Be told what each channel of the network's input was normalised with.
+
+        ``modlib.fit`` calls it once, before training. Only an objective that looks at the input's own
+        scale needs to know.
+        """
+
     def local(self, h: Tensor, y: Tensor, x: Tensor) -> Tensor:
         """The objective while a network trains, where its input x (N, ...) is at hand.
 
