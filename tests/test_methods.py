@@ -521,6 +521,47 @@ def test_a_module_needs_something_to_train(batch: tuple[Tensor, Tensor]) -> None
         ProxyObjective(SupCon(kernel="relu")).stages(net, batch[0])
 
 
+def test_the_default_rates_of_modular_training_solve_the_heads_problem() -> None:
+    """A first comparison is made with defaults: with the hidden modules' rate the head ends near 1.5."""
+    data = load("digits")
+    net = partition(networks.mlp([64, 64, 10], kernel="relu", seed=0), ["features"])
+    history = fit(net, ProxyObjective(SupCon(kernel="relu")), data, epochs=5, progress=False)
+    assert history.final["losses"][0] < 0.3
+    assert history.final["test_accuracy"] > 0.96
+    for modules, rates in ((1, [1.0]), (3, [0.1, 0.1, 1.0])):
+        made = [
+            make([nn.Parameter(torch.zeros(1))])
+            for make in ProxyObjective().default_optimizers(modules)
+        ]
+        assert [optimizer.defaults["lr"] for optimizer in made] == rates
+        assert made[-1].defaults["weight_decay"] == 0
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "message"),
+    [
+        ("adamw", "optimizer='adamw' makes no optimiser; give a function of the parameters"),
+        (["sgd"], "optimizer='sgd' makes no optimiser"),
+        (torch.optim.SGD([torch.zeros(1)]), r"optimizer=SGD \( .* makes no optimiser"),
+        (lambda parameters: 3, r"optimizer=<function .* makes no optimiser"),
+    ],
+)
+@pytest.mark.parametrize("name", METHODS)
+def test_what_makes_no_optimizer_is_refused(
+    name: str, optimizer: Any, message: str, digits: Dataset
+) -> None:
+    kind = {"LocalLearning in turn": partial(LocalLearning, in_turn=True)}.get(name)
+    kind = kind or {"ProxyObjective": partial(ProxyObjective, SupCon(kernel="relu"))}.get(name)
+    make = kind or METHODS[name][0]
+    if isinstance(optimizer, list):
+        optimizer = optimizer * (1 if name == "E2EBP" else 3)
+    with pytest.raises(TypeError, match=message):
+        fit(METHODS[name][1](), make(optimizer=optimizer), digits, progress=False)
+    with pytest.raises(TypeError, match=r"inverse_optimizer='adam' makes no optimiser"):
+        learner = DifferenceTargetPropagation(inverse_optimizer="adam")  # type: ignore[arg-type]
+        fit(tanh_net(), learner, digits, progress=False)
+
+
 @pytest.mark.parametrize("name", [n for n in METHODS if n != "LocalLearning in turn"])
 def test_optimizers_may_be_one_for_all_or_one_for_each(
     name: str, batch: tuple[Tensor, Tensor]

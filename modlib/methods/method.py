@@ -154,11 +154,13 @@ def checked(name: str, objective: Objective) -> Objective:
     """The objective that was given as an argument of this name.
 
     Raises:
-        TypeError: it is none (a class in place of its instance, say).
+        TypeError: it is none (a class in place of its instance, a function, a loss of torch's).
     """
     if not isinstance(objective, Objective):
         raise TypeError(
-            f"{name}={objective!r} is no Objective; give one, such as modlib.objectives.CrossEntropy()."
+            f"{name}={_shown(objective)} is no Objective; give one, such as "
+            "modlib.objectives.CrossEntropy(), or one of a class of your own, a subclass of "
+            "modlib.objectives.Objective whose forward(self, h, y) returns the scalar to minimise."
         )
     return objective
 
@@ -180,11 +182,16 @@ class Method:
     """How a network is trained: turns it into stages that ``modlib.fit`` runs one after another.
 
     Args:
-        optimizer: makes one module's optimiser from its parameters; or a list, one for each module.
+        optimizer: makes one module's optimiser from its parameters; or a list, one for each module;
+            ``default_optimizers`` if None.
     """
 
     def __init__(self, optimizer: Optimizers = None) -> None:
-        self.optimizer = sgd() if optimizer is None else optimizer
+        self.optimizer = optimizer
+
+    def default_optimizers(self, modules: int) -> Sequence[MakeOptimizer]:
+        """What makes the optimisers of so many modules where none are given."""
+        return [sgd()] * modules
 
     def stages(self, net: ModularNetwork, x: Tensor) -> list[Stage]:
         """The stages of training ``net``.
@@ -200,25 +207,51 @@ class Method:
         check_logits(shape, classes)
 
     def make_optimizers(self, owners: Sequence[Sequence[nn.Module]]) -> list[Optimizer]:
-        """One optimiser for each group of modules (a module and its objective, say)."""
-        if not callable(self.optimizer) and not isinstance(self.optimizer, Sequence):
-            raise TypeError(
-                f"optimizer={self.optimizer!r} makes no optimiser; give a function of the parameters, such "
-                "as methods.sgd(0.1), or a list of them."
-            )
-        if callable(self.optimizer):
-            makers: Sequence[MakeOptimizer] = [self.optimizer] * len(owners)
-        else:
-            makers = self.optimizer
-        if len(makers) != len(owners):
+        """One optimiser for each group of modules (a module and its objective, say).
+
+        Raises:
+            TypeError: ``optimizer`` is nothing that makes optimisers.
+            ValueError: there is not one for each module, or a module has nothing to train.
+        """
+        makers = self._makers(len(owners))
+        parameters = [[p for owner in group for p in owner.parameters()] for group in owners]
+        for k, group in enumerate(parameters):
+            if not any(p.requires_grad for p in group):
+                raise ValueError(
+                    f"net: module {k} has nothing to train; cut the network so that every module has "
+                    "parameters, and leave requires_grad=True on some of each."
+                )
+        return [
+            made("optimizer", make, group) for make, group in zip(makers, parameters, strict=True)
+        ]
+
+    def _makers(self, count: int) -> Sequence[MakeOptimizer]:
+        given = self.default_optimizers(count) if self.optimizer is None else self.optimizer
+        if isinstance(given, str) or not isinstance(given, Sequence):
+            return [given] * count
+        if len(given) != count:
             raise ValueError(
-                f"optimizer: {len(makers)} given for {len(owners)} modules that are trained apart; "
+                f"optimizer: {len(given)} given for {count} modules that are trained apart; "
                 "give one for all, or one for each."
             )
-        parameters = [[p for owner in group for p in owner.parameters()] for group in owners]
-        if [] in parameters:
-            raise ValueError(
-                f"net: module {parameters.index([])} has nothing to train; cut the network so that "
-                "every module has parameters."
-            )
-        return [make(group) for make, group in zip(makers, parameters, strict=True)]
+        return given
+
+
+def made(name: str, make: MakeOptimizer, parameters: Iterable[nn.Parameter]) -> Optimizer:
+    """The optimiser that an argument of this name makes.
+
+    Raises:
+        TypeError: it makes none (a name, say, or an optimiser that has been made already).
+    """
+    optimizer = make(parameters) if callable(make) else None
+    if not isinstance(optimizer, Optimizer):
+        raise TypeError(
+            f"{name}={_shown(make)} makes no optimiser; give a function of the parameters, such as "
+            "modlib.methods.sgd(0.1) or functools.partial(torch.optim.AdamW, lr=0.001)."
+        )
+    return optimizer
+
+
+def _shown(value: object) -> str:
+    """The beginning of a value's repr, on one line."""
+    return f"{' '.join(repr(value).split()):.60}"

@@ -12,11 +12,13 @@ Source: Duan, Yu & Principe 2022 (arXiv 2005.05541), algorithm of section IV; su
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
-from modlib.kernels import FeatureMap
+from modlib.kernels import FeatureMap, Gaussian
 from modlib.methods.local import LocalLearning
-from modlib.methods.method import Optimizers, Stage
+from modlib.methods.method import MakeOptimizer, Optimizers, Stage, sgd
 from modlib.network import ModularNetwork
 from modlib.objectives import LogContrastive, Objective, ProxyLoss
 
@@ -29,7 +31,9 @@ class ProxyObjective(LocalLearning):
 
     Args:
         objective: for every module but the last; ``LogContrastive("relu-pool")`` if None.
-        optimizer: makes one module's optimiser, or a list with one for each module.
+        optimizer: makes one module's optimiser, or a list with one for each module; if None,
+            ``sgd(0.1)`` for hidden modules and ``sgd(1.0, weight_decay=0)`` for the output module: a
+            linear layer on unit vectors, a convex problem, which a tenth of that rate leaves unsolved.
         output: the last module's objective; cross-entropy if None.
         cache_features, views: as in ``LocalLearning``.
 
@@ -63,6 +67,9 @@ class ProxyObjective(LocalLearning):
             views=views,
         )
 
+    def default_optimizers(self, modules: int) -> Sequence[MakeOptimizer]:
+        return [*[sgd(0.1)] * (modules - 1), sgd(1.0, weight_decay=0.0)]
+
     def stages(self, net: ModularNetwork, x: Tensor) -> list[Stage]:
         _check_feature_map(net, self.objective)
         return super().stages(net, x)
@@ -70,14 +77,17 @@ class ProxyObjective(LocalLearning):
 
 def _check_feature_map(net: ModularNetwork, objective: Objective) -> None:
     first = next(iter(net[-1].children()))
+    kernel = objective.kernel if isinstance(objective, ProxyLoss) else None
     if not isinstance(first, FeatureMap):
+        name = "relu" if kernel is None or isinstance(kernel, Gaussian) else kernel.name
         raise ValueError(
             f"net: the output module begins with {type(first).__name__}, but modular training needs a "
-            "FeatureMap there; build the network with one and cut before it, for example "
-            "modlib.partition(modlib.networks.cnn(), ['features'])."
+            "FeatureMap there: put one before the last layer and cut before it, as in "
+            f"net = nn.Sequential(*hidden, modlib.kernels.FeatureMap({name!r}), last) and "
+            "modlib.partition(net, [str(len(hidden))]); modlib.networks.cnn() has one, named 'features'."
         )
-    if isinstance(objective, ProxyLoss) and objective.kernel != first.kernel:
+    if kernel is not None and kernel != first.kernel:
         raise ValueError(
-            f"objective: its kernel is {objective.kernel.name!r}, but the output module's feature map "
-            f"has kernel {first.kernel.name!r}; give both the same."
+            f"objective: its kernel is {kernel.name!r}, but the output module's feature map has kernel "
+            f"{first.kernel.name!r}; give the objective kernel={first.kernel.name!r} too."
         )

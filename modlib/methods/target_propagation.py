@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from modlib.methods.method import MakeOptimizer, Method, Optimizers, Stage, update
+from modlib.methods.method import MakeOptimizer, Method, Optimizers, Stage, made, update
 from modlib.network import ModularNetwork
 from modlib.objectives import CrossEntropy
 
@@ -80,7 +80,10 @@ class DifferenceTargetPropagation(Method):
                 list(net),
                 inverses,
                 self.make_optimizers([[module] for module in net]),
-                [self.inverse_optimizer(inverse.parameters()) for inverse in inverses],
+                [
+                    made("inverse_optimizer", self.inverse_optimizer, inverse.parameters())
+                    for inverse in inverses
+                ],
                 step_size=self.step_size,
                 noise=self.noise,
             )
