@@ -12,7 +12,7 @@ from modlib import kernels
 from modlib.data import Dataset, Loader
 from modlib.data.loader import Split
 from modlib.kernels import Kernel
-from modlib.network import evaluating
+from modlib.network import evaluating, in_precision
 from modlib.objectives.supervised import check_labels
 
 
@@ -57,7 +57,9 @@ def extract(
         )
     batches = islice(loader.epoch(0, 0), None if n is None else math.ceil(n / batch_size))
     with evaluating(module):
-        found = [(_features(module(x.to(reference.dtype)), kernel), y.clone()) for x, y in batches]
+        found = [
+            (_features(module(in_precision(x, reference)), kernel), y.clone()) for x, y in batches
+        ]
     features, labels = (torch.cat(parts) for parts in zip(*found, strict=True))
     return features[:n], labels[:n]
 

@@ -84,6 +84,11 @@ def evaluating(net: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
+def in_precision(x: Tensor, reference: Tensor) -> Tensor:
+    """x in the precision of a network's parameter; tokens stay integers."""
+    return x.to(reference.dtype) if x.is_floating_point() else x
+
+
 def partition(
     net: nn.Module, modules: int | Sequence[str], sample: Tensor | None = None
 ) -> ModularNetwork:

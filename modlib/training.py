@@ -22,7 +22,7 @@ from modlib.data import Augment, Dataset, Loader, default_augment
 from modlib.data.loader import Split
 from modlib.methods import Method, Stage
 from modlib.methods.method import check_logits
-from modlib.network import ModularNetwork, evaluating
+from modlib.network import ModularNetwork, evaluating, in_precision
 
 Schedule = Callable[[float], float]
 Row = dict[str, Any]
@@ -340,7 +340,7 @@ def evaluate(
     correct, loss = torch.zeros(2, device=reference.device)
     with evaluating(net):
         for x, y in loader.epoch(0, 0):
-            logits = net(x.to(reference.dtype)).float()
+            logits = net(in_precision(x, reference)).float()
             check_logits(logits.shape[1:], len(data.classes))
             correct += (logits.argmax(1) == y).sum()
             loss += F.cross_entropy(logits, y, reduction="sum")

@@ -26,6 +26,7 @@ import torchvision
 from PIL import Image
 from torchvision.transforms import functional as vision
 
+import modlib
 import modlib.data
 from modlib.data import (
     Augment,
@@ -210,6 +211,24 @@ def not_a_number(data: dict[str, Any]) -> None:
     data["train_images"] = np.full((60, 2), np.nan, np.float32)
 
 
+def negative_tokens(data: dict[str, Any]) -> None:
+    data["train_images"] = np.full((60, 5), -1)
+
+
+def targets(data: dict[str, Any]) -> None:
+    data["test_labels"] = np.linspace(0, 1, 30)
+
+
+def counted_from_one(data: dict[str, Any]) -> None:
+    data["train_labels"], data["test_labels"] = data["train_labels"] + 1, data["test_labels"] + 1
+    data["classes"] = ()
+
+
+def with_a_gap(data: dict[str, Any]) -> None:
+    data["train_labels"], data["test_labels"] = data["train_labels"] * 10, data["test_labels"] * 0
+    data["classes"] = ()
+
+
 def tensors(data: dict[str, Any]) -> None:
     data["train_images"] = torch.from_numpy(data["train_images"])
 
@@ -239,6 +258,10 @@ def zero_std(data: dict[str, Any]) -> None:
         (no_images, "test_images is empty"),
         (not_a_number, "train_images holds NaN or infinity"),
         (tensors, "train_images is a Tensor"),
+        (negative_tokens, "train_images holds token -1; number tokens 0 and up"),
+        (targets, "test_labels is float64; .*classification only"),
+        (counted_from_one, "labels run from 1 to 4 and class 0 has no image"),
+        (with_a_gap, "labels run from 0 to 30 and class 1 has no image.* name all 31 in classes"),
         (short_mean, "mean and std need 3 numbers"),
         (zero_std, "finite, std above 0"),
         (mean_not_a_number, "finite, std above 0"),
@@ -251,6 +274,78 @@ def test_a_wrong_array_is_named(spoil: Callable[[dict[str, Any]], None], message
     with pytest.raises((TypeError, ValueError), match=message) as error:
         Dataset("made", **fields)
     assert one_sentence(error).startswith("made: ")
+
+
+def test_a_class_without_images_may_be_named() -> None:
+    data = made()
+    parts = [getattr(data, part) for part in PARTS]
+    parts[1], parts[3] = parts[1] + 1, parts[3] + 1
+    named = Dataset("made", *parts, classes=("background", *"abcd"))
+    assert len(named.classes) == 5
+    only_tested = Dataset("made", parts[0], parts[1] % 4, parts[2], np.arange(30) % 5)
+    assert len(only_tested.classes) == 5
+
+
+# --------------------------------------------------------------------------- tokens
+
+
+def tokens(n: int = 60, length: int = 5, dtype: type = np.int64) -> Dataset:
+    """Rows of tokens 0..9, no two alike, whose class is their first token."""
+    grid = np.stack(np.meshgrid(*[np.arange(10)] * length), -1).reshape(-1, length)
+    rows = np.random.default_rng(0).permutation(grid[grid[:, 0] < 3]).astype(dtype)
+    labels = rows[:, 0].astype(np.int64)
+    return Dataset("words", rows[:n], labels[:n], rows[n : 2 * n], labels[n : 2 * n])
+
+
+@pytest.mark.parametrize("dtype", [np.int64, np.int32, np.uint8])
+@pytest.mark.parametrize("memory", ["device", "map"])
+def test_tokens_come_as_they_are(dtype: type, memory: Any) -> None:
+    data = tokens(dtype=dtype)
+    assert data.is_tokens and not data.is_vector and data.shape == (5,)
+    assert data.train_images.dtype == np.int64 and (data.mean, data.std) == ((), ())
+    assert repr(data) == "Dataset('words', shape=(5,), train=60, test=60, classes=3)"
+    assert default_augment(data) is False
+    loader = Loader(data, batch_size=12, augment=True, memory=memory, channels_last=True)
+    x, y = epoch(loader)
+    assert x.dtype == torch.int64 and x.shape == (60, 5) and torch.equal(x[:, 0], y)
+    assert sorted(x.tolist()) == sorted(data.train_images.tolist())
+    first = Loader(data, "test", shuffle=False, memory=memory).sample(4)[0]
+    assert np.array_equal(first.numpy(), data.test_images[:4])
+    x, y = epoch(Loader(data, batch_size=12, sampler="stratified", memory=memory))
+    assert torch.equal(x[:, 0], y)
+
+
+def test_tokens_are_prepared_and_split_as_images_are(tmp_path: Path) -> None:
+    data = tokens()
+    write(tmp_path / "words", {part: getattr(data, part) for part in PARTS}, list("abc"))
+    again = load("words", tmp_path)
+    assert again.is_tokens and again.train_images.tolist() == data.train_images.tolist()
+    assert load("words", tmp_path, classes=["b"]).train_images[:, 0].tolist() == [1] * sum(
+        data.train_labels == 1
+    )
+    small = data.subset(n_train=9)
+    assert small.train_images[:, 0].tolist() == small.train_labels.tolist()
+
+
+def test_tokens_are_neither_augmented_nor_resized_nor_normalised(tmp_path: Path) -> None:
+    data = tokens()
+    with pytest.raises(ValueError, match="words holds tokens; give False"):
+        Loader(data, augment=Augment())
+    with pytest.raises(ValueError, match="mean and std need 0 numbers"):
+        Dataset("words", *(getattr(data, part) for part in PARTS), mean=(0.5,), std=(1.0,))
+    write(tmp_path / "words", {part: getattr(data, part) for part in PARTS}, list("abc"))
+    with pytest.raises(ValueError, match="words holds no images; leave size out"):
+        load("words", tmp_path, size=8)
+
+
+def test_a_network_trains_on_tokens() -> None:
+    torch.manual_seed(0)
+    layers = [torch.nn.Embedding(10, 16), torch.nn.Flatten(), torch.nn.Linear(80, 3)]
+    net = modlib.partition(torch.nn.Sequential(*layers), modules=1)
+    data = tokens(n=600)
+    history = modlib.fit(net, modlib.methods.E2EBP(), data, epochs=6, progress=False)
+    assert history.final["test_accuracy"] > 0.9
+    assert modlib.extract(net, data)[0].shape == (600, 3)
 
 
 # --------------------------------------------------------------------------- augmentation
@@ -1098,7 +1193,7 @@ def test_classes_and_size_of_a_named_set(prepared: Path) -> None:
         ("digits", {"classes": ["1", "1"]}, "each class once"),
         ("digits", {"classes": "12"}, "give a list of names"),
         ("digits", {"size": 0}, "size is 0"),
-        ("spirals", {"size": 8}, "spirals holds vectors"),
+        ("spirals", {"size": 8}, "spirals holds no images"),
     ],
 )
 def test_load_refuses(name: str, options: dict[str, Any], message: str, tmp_path: Path) -> None:
@@ -1256,6 +1351,23 @@ def test_a_tree_that_will_not_do_is_explained(
     with pytest.raises(ValueError, match=expected) as error:
         load(str(tree), tmp_path / "root")
     assert str(tree) in one_sentence(error)
+    assert not any((tmp_path / "root").glob("*"))
+
+
+@pytest.mark.parametrize("part", ["train", "val", "train/ant"])
+def test_a_part_of_a_tree_is_told_from_the_tree(tree: Path, tmp_path: Path, part: str) -> None:
+    folder = tree / part
+    for call in (load, prepare, explain):
+        with pytest.raises(ValueError) as error:
+            call(str(folder), tmp_path / "root")
+        message = one_sentence(error)
+        if "/" in part:
+            assert f"{folder} is neither a prepared data set" in message
+        else:
+            assert (
+                f"load that, with train and test images in it: modlib.data.load('{tree}')"
+                in message
+            )
     assert not any((tmp_path / "root").glob("*"))
 
 

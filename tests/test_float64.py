@@ -106,7 +106,11 @@ def test_nothing_converts_to_float64_but_through_the_cpu() -> None:
     package = Path(modlib.__file__).parent
     rest = [f for f in package.rglob("*.py") if f.parent.name != "certificates"]
     found = [f"{f.name}: {line.strip()}" for f in rest for line in f.read_text().splitlines()]
-    direct = [line for line in found if re.search(r"(?<!cpu\(\))\.double\(\)|torch\.(float64|double)", line)]
+    direct = [
+        line
+        for line in found
+        if re.search(r"(?<!cpu\(\))\.double\(\)|torch\.(float64|double)", line)
+    ]
     assert sorted(direct) == [
         "few_labels.py: delta = torch.linspace(-1.0, 1.0, 401, dtype=torch.float64, device=own.device)",
         'kernels.py: return (h.cpu() if h.device.type == "mps" else h).double()',

@@ -1,5 +1,7 @@
 """Data sets as tensors: prepared caches on disk, whole batches augmented on the device.
 
+Classification only: images, vectors or tokens, and for each the number of its class.
+
 >>> import modlib.data
 >>> digits = modlib.data.load("digits")          # embedded: needs no network
 >>> digits.shape, len(digits.train_labels), digits.classes[:3]

@@ -57,8 +57,8 @@ PLAIN = Augment(pad=0, flip=False)
 def default_augment(dataset: Dataset) -> Augment | Literal[False]:
     """The customary augmentation of a data set: a crop by an eighth of the side, and a flip.
 
-    Digits are not mirrored; vectors are left alone, and so are images of less than 16 pixels a side, where
-    one pixel is a long way.
+    Digits are not mirrored; vectors and tokens are left alone, and so are images of less than 16
+    pixels a side, where one pixel is a long way.
 
     Returns:
         An ``Augment``, or False: what ``Loader(augment=...)`` takes.
@@ -67,7 +67,7 @@ def default_augment(dataset: Dataset) -> Augment | Literal[False]:
     >>> default_augment(load("digits", size=16)), default_augment(load("digits"))
     (Augment(pad=2, flip=False, cutout=0, mode='reflect'), False)
     """
-    if dataset.is_vector or min(dataset.shape[1:]) < 16:
+    if len(dataset.shape) == 1 or min(dataset.shape[1:]) < 16:
         return False
     return Augment(pad=min(dataset.shape[1:]) // 8, flip=not dataset.name.startswith(_HANDED))
 
@@ -82,7 +82,7 @@ class Windows:
     that a flip costs nothing but where the copy starts.
 
     Args:
-        images: (N, H, W, C), uint8 or float.
+        images: (N, H, W, C), uint8, float or integer.
         augment: says how to pad, and whether mirrored images are wanted.
         device: where to hold them.
         planar: lay out each image as (C, H, W) instead of (H, W, C).
@@ -98,7 +98,7 @@ class Windows:
         copies = 1 + augment.flip
         layout = (self.channels, tall, wide) if planar else (tall, wide, self.channels)
         size = copies * self.n * self._image
-        dtype = torch.uint8 if images.dtype == np.uint8 else torch.float32
+        dtype = torch.from_numpy(np.empty(0, images.dtype)).dtype
         self._flat = torch.zeros(size + self._length, dtype=dtype, device=device)
         store = self._flat[:size].view(copies, self.n, *layout)
         block = max(1, _BLOCK_BYTES // self._image)

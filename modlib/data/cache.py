@@ -1,6 +1,6 @@
 """Prepared data sets on disk: memory-mapped arrays that are there entirely or not at all.
 
-A prepared folder holds {train,test}_{images,labels}.npy (uint8 NHWC or float vectors; integers),
+A prepared folder holds {train,test}_{images,labels}.npy (uint8 NHWC, vectors or tokens; integers),
 classes.json (a list of names) and, written on first use, statistics.json (mean and std).
 """
 
@@ -52,7 +52,7 @@ def read(folder: Path) -> Dataset:
             raise ValueError(f"{folder.name}: class {empty!r} has no training image.")
     except (TypeError, ValueError) as error:
         raise damaged(folder, f"does not hold a data set ({str(error).rstrip('.')})") from error
-    if not known[0]:
+    if data.mean and not known[0]:
         with suppress(OSError):  # a shared cache may be read-only
             content = {"mean": data.mean, "std": data.std, "of": _fingerprint(folder)}
             write_json(folder / "statistics.json", content)

@@ -15,7 +15,7 @@ from modlib.data.dataset import Array, Dataset, take
 from modlib.data.embedded import EMBEDDED
 from modlib.data.pictures import resized
 from modlib.data.sources import SOURCES, Source, Unreachable
-from modlib.data.trees import is_tree, prepare_tree
+from modlib.data.trees import check_prepared, is_tree, prepare_tree
 
 
 def load(
@@ -108,7 +108,7 @@ def explain(name: str, root: Root = None) -> str:
     """What a data set is, where it would lie, and how to get it there; reads and writes nothing.
 
     Raises:
-        ValueError: if the name is unknown.
+        ValueError: if the name is unknown, or of a folder that is neither prepared nor a tree.
 
     >>> print(explain("spirals"))
     spirals: embedded, works offline: modlib.data.load('spirals')
@@ -125,10 +125,10 @@ def explain(name: str, root: Root = None) -> str:
     folder, source = _folder(name, place), SOURCES.get(name)
     about = f"{name}: {source.about}\n{source.page}\n" if source else f"{name}: "
     if folder.is_dir():
-        state = (
-            f"a folder tree, prepared in {place}" if is_tree(folder) else f"prepared in {folder}"
-        )
-        return f"{about}{state}"
+        if is_tree(folder):
+            return f"{about}a folder tree, prepared in {place}"
+        check_prepared(folder)
+        return f"{about}prepared in {folder}"
     if source is None:
         raise _unknown(name, place)
     if source.prepare is None:
@@ -146,6 +146,7 @@ def _ensure(
     if folder.is_dir():
         if is_tree(folder):
             return prepare_tree(folder, root, classes, size), True
+        check_prepared(folder)
         return folder, False
     if source is None:
         raise _unknown(name, root)

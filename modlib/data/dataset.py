@@ -16,23 +16,26 @@ _CHUNK_BYTES = 1 << 21  # statistics walk over a memory map in pieces of this si
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Dataset:
-    """Images (or vectors) with labels, split into train and test.
+    """Images (or vectors, or rows of tokens) with labels, split into train and test.
+
+    Classification only: a label is the number of a class, one for each image.
 
     Args:
         name: what to call it in records and error messages.
-        train_images: uint8 images (N, H, W, C), possibly memory-mapped, or float vectors (N, d).
+        train_images: uint8 images (N, H, W, C), possibly memory-mapped, float vectors (N, d), or
+            integer tokens (N, T) of 0 and more, which are neither normalised nor augmented.
         train_labels: integers in 0..len(classes)-1, of shape (N,).
         test_images: as ``train_images``.
         test_labels: as ``train_labels``.
         classes: one name a class; by default the numbers 0, 1, ... up to the largest label.
         mean: what each channel is normalised with; images on the 0..1 scale, vectors as they
-            are. By default computed exactly from the training set.
+            are; nothing, (), for tokens. By default computed exactly from the training set.
         std: likewise.
 
     Raises:
-        ValueError: naming the array, if shapes do not agree, a label is out of range or a vector
-            is not finite.
-        TypeError: if images are neither uint8 (N, H, W, C) nor float (N, d), or labels no integers.
+        ValueError: naming the array, if shapes do not agree, a label is out of range, a class has
+            no image (where ``classes`` is left out), a token is negative or a vector is not finite.
+        TypeError: if images are neither uint8 (N, H, W, C) nor numbers (N, d), or labels no integers.
 
     >>> import numpy as np
     >>> images = np.zeros((4, 8, 8, 3), np.uint8)
@@ -67,17 +70,16 @@ class Dataset:
                 f"are {self.test_images.shape[1:]}; give both the same shape."
             )
         if not self.classes:
-            count = 1 + max(int(self.train_labels.max()), int(self.test_labels.max()))
-            object.__setattr__(self, "classes", tuple(map(str, range(count))))
+            object.__setattr__(self, "classes", _numbered(self))
         object.__setattr__(self, "classes", tuple(self.classes))
         for split in ("train", "test"):
             check_range(getattr(self, f"{split}_labels"), f"{split}_labels", self)
-        if not self.mean or not self.std:
+        if not self.is_tokens and not (self.mean and self.std):
             mean, std = statistics(self.train_images)
             object.__setattr__(self, "mean", tuple(self.mean) or mean)
             object.__setattr__(self, "std", tuple(self.std) or std)
-        channels = self.shape[0]
-        usable = np.isfinite([*self.mean, *self.std]).all() and min(self.std) > 0
+        channels = 0 if self.is_tokens else self.shape[0]
+        usable = np.isfinite([*self.mean, *self.std]).all() and min(self.std, default=1) > 0
         if len(self.mean) != channels or len(self.std) != channels or not usable:
             raise ValueError(
                 f"{self.name}: mean and std need {channels} numbers each (finite, std above 0) but are "
@@ -86,16 +88,26 @@ class Dataset:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Shape of one input as a network sees it: (C, H, W) for images, (d,) for vectors."""
-        if self.is_vector:
+        """Shape of one input as a network sees it: (C, H, W); (d,) for vectors, (T,) for tokens."""
+        if self.train_images.ndim == 2:
             return (int(self.train_images.shape[1]),)
         height, width, channels = self.train_images.shape[1:]
         return (channels, height, width)
 
     @property
     def is_vector(self) -> bool:
-        """True for float vectors (N, d), False for images."""
-        return self.train_images.ndim == 2
+        """True for float vectors (N, d), False for images and tokens."""
+        return self.train_images.ndim == 2 and not self.is_tokens
+
+    @property
+    def is_tokens(self) -> bool:
+        """True for integer tokens (N, T).
+
+        >>> words = np.array([[5, 2, 0], [7, 7, 1]])
+        >>> Dataset("words", words, np.array([0, 1]), words, np.array([0, 1])).is_tokens
+        True
+        """
+        return self.train_images.dtype == np.int64
 
     def part(self, split: str) -> tuple[Array, Labels]:
         """Images and labels of "train" or "test".
@@ -217,20 +229,42 @@ def _checked_images(images: Array, what: str, name: str) -> Array:
         good = images.astype(np.float32, copy=False)
         if not np.isfinite(good).all():
             raise ValueError(f"{name}: {what} holds NaN or infinity; remove or replace those rows.")
+    elif images.ndim == 2 and np.issubdtype(images.dtype, np.integer):
+        good = images.astype(np.int64, copy=False)
+        if (good < 0).any():
+            raise ValueError(
+                f"{name}: {what} holds token {int(good.min())}; number tokens 0 and up."
+            )
     else:
         raise TypeError(
             f"{name}: {what} is {images.dtype} of shape {images.shape}; give uint8 images "
-            f"(N, H, W, C) or float vectors (N, d)."
+            f"(N, H, W, C), float vectors (N, d) or integer tokens (N, T)."
         )
     if good.size == 0:
         raise ValueError(f"{name}: {what} is empty (shape {images.shape}); give at least one.")
     return good
 
 
+def _numbered(data: Dataset) -> tuple[str, ...]:
+    """Classes 0, 1, ... up to the largest label, each of which has to occur."""
+    present = np.unique(np.concatenate([data.train_labels, data.test_labels]))
+    low, high = int(present[0]), int(present[-1])
+    missing = np.flatnonzero(present != np.arange(len(present)))
+    if low >= 0 and len(missing):  # a negative label is told with the range
+        raise ValueError(
+            f"{data.name}: labels run from {low} to {high} and class {missing[0]} has no image; number "
+            f"the classes 0, 1, ... without a gap, or name all {high + 1} in classes."
+        )
+    return tuple(map(str, range(high + 1)))
+
+
 def _checked_labels(labels: Array, what: str, name: str) -> Labels:
     if not isinstance(labels, np.ndarray) or not np.issubdtype(labels.dtype, np.integer):
         given = getattr(labels, "dtype", type(labels).__name__)
-        raise TypeError(f"{name}: {what} is {given}; give a numpy array of integers.")
+        raise TypeError(
+            f"{name}: {what} is {given}; give a numpy array of integers, the numbers of the classes "
+            f"(classification only: there is no regression here)."
+        )
     if labels.ndim != 1:
         raise ValueError(f"{name}: {what} has shape {labels.shape}; give one label an image, (N,).")
     return labels.astype(np.int64, copy=False)

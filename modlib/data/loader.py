@@ -80,7 +80,7 @@ class Loader:
         self.device = _checked_device(device)
         self.augment = _checked_augment(augment, dataset)
         # A vector is an image of one pixel with many channels: there is one way for both.
-        self._images = images[:, None, None, :] if dataset.is_vector else images
+        self._images = images[:, None, None, :] if images.ndim == 2 else images
         self._labels = np.array(labels)  # out of the memory map: looked up in each epoch
         self.sampler = self._checked_sampler(sampler)
         self._planar = not channels_last
@@ -111,7 +111,8 @@ class Loader:
             epoch: 0 or more.
 
         Yields:
-            x, float32 (B, C, H, W) or (B, d), normalised, and y, int64 (B,), both on the device.
+            x, float32 (B, C, H, W) or (B, d), normalised (tokens: int64 (B, T), as they are), and
+            y, int64 (B,), both on the device.
 
         Raises:
             ValueError: if ``seed`` or ``epoch`` is negative.
@@ -193,7 +194,9 @@ class Loader:
         return torch.from_numpy(array).to(self.device)
 
     def _finish(self, crops: Tensor) -> Tensor:
-        """Normalised float32 in the shape and memory format that was asked for."""
+        """Normalised float32 in the shape and memory format that was asked for; tokens as they are."""
+        if self.dataset.is_tokens:
+            return crops.reshape(len(crops), -1)
         x = crops.to(torch.float32, memory_format=torch.contiguous_format)
         # One long row an image: broadcasting over channels would be three times slower.
         rows = x.view(len(x), -1)
@@ -204,7 +207,7 @@ class Loader:
 
     def _normalisation(self) -> tuple[Tensor, Tensor]:
         """Scale and shift (H W C,) that take stored numbers to mean 0 and standard deviation 1."""
-        unit = 1.0 if self.dataset.is_vector else 255.0
+        unit = 255.0 if self._images.dtype == np.uint8 else 1.0
         mean, std = np.array(self.dataset.mean), np.array(self.dataset.std)
         pixels = int(np.prod(self._images.shape[1:3]))
         repeat = np.repeat if self._planar else np.tile
@@ -250,9 +253,11 @@ def _checked_augment(augment: Augment | bool, dataset: Dataset) -> Augment:
         return PLAIN
     if not isinstance(augment, Augment):
         raise TypeError(f"augment is {augment!r}; give True, False or an Augment.")
-    if dataset.is_vector and augment.random:
-        raise ValueError(f"augment is {augment} but {dataset.name} holds vectors; give False.")
-    if not dataset.is_vector and augment.mode == "reflect":
+    flat = len(dataset.shape) == 1
+    if flat and augment.random:
+        kind = "vectors" if dataset.is_vector else "tokens"
+        raise ValueError(f"augment is {augment} but {dataset.name} holds {kind}; give False.")
+    if not flat and augment.mode == "reflect":
         side = min(dataset.shape[1:])
         if augment.pad >= side:
             raise ValueError(

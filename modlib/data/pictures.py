@@ -59,8 +59,8 @@ def resized(dataset: Dataset, size: int) -> Dataset:
     >>> resized(load("digits"), 32)
     Dataset('digits-32px', shape=(3, 32, 32), train=1437, test=360, classes=10)
     """
-    if dataset.is_vector:
-        raise ValueError(f"size is {size} but {dataset.name} holds vectors; leave size out.")
+    if len(dataset.shape) == 1:
+        raise ValueError(f"size is {size} but {dataset.name} holds no images; leave size out.")
     train, test = (
         np.stack([square(Image.fromarray(image.squeeze()), size) for image in images])
         for images in (dataset.train_images, dataset.test_images)

@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 from tqdm.auto import tqdm
 
-from modlib.data.cache import damaged, write_json, writing
+from modlib.data.cache import PARTS, damaged, write_json, writing
 from modlib.data.pictures import decode
 
 SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"})
@@ -28,6 +28,21 @@ Files = list[tuple[Path, int]]  # an image and the number of its class
 def is_tree(folder: Path) -> bool:
     """True for a folder with train/ in it."""
     return (folder / "train").is_dir()
+
+
+def check_prepared(folder: Path) -> None:
+    """Refuse a folder that is neither a tree nor prepared, such as one split of a tree."""
+    if any((folder / f"{part}.npy").exists() for part in PARTS):
+        return
+    if is_tree(folder.parent):
+        raise ValueError(
+            f"{folder} is a part of the folder tree {folder.parent}; load that, with train and test "
+            f"images in it: modlib.data.load({str(folder.parent)!r})."
+        )
+    raise ValueError(
+        f"{folder} is neither a prepared data set (no {PARTS[0]}.npy) nor a folder tree (no train); "
+        f"lay the images out as train/<class>/<image> and val/<class>/<image> in it."
+    )
 
 
 def prepare_tree(

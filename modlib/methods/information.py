@@ -14,7 +14,7 @@ from modlib.methods.information_propagation import InformationPropagation
 from modlib.methods.local import LocalLearning
 from modlib.methods.method import Optimizers, sgd
 from modlib.methods.transport_regularised import TransportRegularised
-from modlib.network import evaluating
+from modlib.network import evaluating, in_precision
 from modlib.objectives.hsic import HSIC
 from modlib.objectives.infonce import InfoNCE
 
@@ -172,7 +172,7 @@ def _counts(net: nn.Module, data: Dataset, split: Split, batch_size: int) -> Ten
     )
     with evaluating(net):
         for x, y in loader.epoch(0, 0):
-            h = net(x.to(reference.dtype))
+            h = net(in_precision(x, reference))
             if h.shape[1:] != (classes,):
                 raise ValueError(
                     f"net: its output has shape {tuple(h.shape[1:])}, but {data.name!r} has {classes} "
