@@ -18,7 +18,7 @@ from modlib.experiments.few_labels import few_labels
 from modlib.experiments.kept import kept
 from modlib.experiments.recipes import RATES, RECIPES, TUNED
 from modlib.experiments.shelve import shelve
-from modlib.experiments.tune import ADAM_LADDER, LADDER, search
+from modlib.experiments.tune import FLAT, FLAT_START, LADDER, rates, search
 
 RESULTS = Path(__file__).parents[1] / "book" / "results"
 
@@ -39,7 +39,8 @@ def test_every_tuned_recipe_uses_the_rate_that_the_search_found_best() -> None:
 @pytest.mark.parametrize("name", sorted(RATES))
 def test_the_best_rate_has_a_worse_one_on_either_side(name: str) -> None:
     tried = {float(lr): accuracy for lr, accuracy in tuning()[name].items()}
-    ladder = ADAM_LADDER if RATES[name] not in LADDER or min(tried) < min(LADDER) else LADDER
+    ladder, _ = rates(name)
+    assert min(ladder) < RATES[name] < max(ladder)  # the winner is no end of the ladder
     place = ladder.index(RATES[name])
     beside = [ladder[i] for i in (place - 1, place + 1) if 0 <= i < len(ladder)]
     assert all(tried[lr] <= tried[RATES[name]] for lr in beside)
@@ -49,6 +50,11 @@ def test_the_search_climbs_to_the_best_rate_wherever_it_is() -> None:
     for best in LADDER:
         tried = search(lambda lr, best=best: -abs(LADDER.index(lr) - LADDER.index(best)))  # type: ignore[misc]
         assert max(tried, key=lambda lr: tried[lr]) == best
+
+
+def test_the_search_tries_the_whole_ladder_where_the_curve_is_flat() -> None:
+    for name in FLAT:
+        assert {float(rate) for rate in tuning()[name]} >= set(FLAT_START), name
 
 
 def test_committed_records_were_run_with_the_recipes_rates() -> None:

@@ -209,6 +209,12 @@ _PROXIES: dict[str, Callable[[], Objective]] = {
     "supcon": partial(objectives.SupCon, 0.07, KERNEL),
 }
 
+
+def _trunk_cut(key: str, lr: float) -> Recipe:
+    """Three modules: the trunk is cut as well."""
+    return _proxy(f"cifar10-proxy3-{key}", _PROXIES[key], lr, "conv5")
+
+
 # Recipes as functions of the learning rate, for tuning.
 TUNED: dict[str, Callable[[float], Recipe]] = {
     "cifar10-e2ebp": lambda lr: _e2ebp("cifar10-e2ebp", lr),
@@ -216,6 +222,9 @@ TUNED: dict[str, Callable[[float], Recipe]] = {
     **{
         f"cifar10-proxy-{key}": partial(_proxy, f"cifar10-proxy-{key}", make)
         for key, make in _PROXIES.items()
+    },
+    **{
+        f"cifar10-proxy3-{key}": partial(_trunk_cut, key) for key in ("centred-alignment", "supcon")
     },
     **{
         f"cifar10-{key}-k3": partial(_locally, key, 3)
@@ -234,14 +243,16 @@ RATES: dict[str, float] = {
     "cifar10-proxy-centred-alignment": 0.3,
     "cifar10-proxy-utal": 1.0,
     "cifar10-proxy-nmse-balanced": 1.0,
-    "cifar10-proxy-contrastive": 0.1,
+    "cifar10-proxy-contrastive": 0.01,
     "cifar10-proxy-alignment-balanced": 0.3,
-    "cifar10-proxy-raw": 0.01,
+    "cifar10-proxy-raw": 0.0003,
     "cifar10-proxy-nmse": 1.0,
     "cifar10-proxy-alignment": 1.0,
-    "cifar10-proxy-log-contrastive": 1.0,
-    "cifar10-proxy-raw-balanced": 0.01,
-    "cifar10-proxy-contrastive-balanced": 0.03,
+    "cifar10-proxy-log-contrastive": 0.001,
+    "cifar10-proxy-raw-balanced": 0.003,
+    "cifar10-proxy-contrastive-balanced": 0.003,
+    "cifar10-proxy3-centred-alignment": 1.0,
+    "cifar10-proxy3-supcon": 0.1,
     "cifar10-greedy-1-k3": 0.3,
     "cifar10-greedy-2-k3": 0.3,
     "cifar10-cascade-k3": 0.3,
@@ -279,7 +290,7 @@ RECIPES: dict[str, Recipe] = {
             if (key, modules) != ("dgl", 3)  # that is cifar10-dgl
         ),
         *(_after(key, 6, RATES[f"cifar10-{key}-after-k3"]) for key in AFTER),
-        _proxy("cifar10-proxy3-supcon", _PROXIES["supcon"], _SUPCON, "conv5"),
+        _proxy("cifar10-proxy-untrained", _PROXIES["supcon"], 0.0),  # weights stay as drawn
         _proxy("cifar10-long-supcon", _PROXIES["supcon"], _SUPCON, profiles=CIFAR10_LONG),
         _e2ebp("cifar10-long-e2ebp", RATES["cifar10-e2ebp"], profiles=CIFAR10_LONG),
         _proxy("mnist-cnn-supcon", _PROXIES["supcon"], _SUPCON, profiles=MNIST_CNN),

@@ -9,7 +9,8 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -23,10 +24,17 @@ from modlib.experiments.recipes import ADAM, TUNED
 from modlib.experiments.run import write
 from modlib.training import fit
 
-# Learning rates to try; the search starts with three of them.
-LADDER = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
+# Learning rates to try; the search starts with some of them.
+LADDER = (0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
 START = (0.1, 0.3, 1.0)
-ADAM_LADDER = (1e-4, 3e-4, 0.001, 0.003, 0.01, 0.03)
+# Objectives that hardly learn have flat curves with more than one hump, on which a climb stops too early.
+FLAT = tuple(
+    f"cifar10-proxy-{key}{end}"
+    for key in ("raw", "contrastive", "log-contrastive")
+    for end in ("", "-balanced")
+)
+FLAT_START = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
+ADAM_LADDER = (1e-4, 3e-4, 0.001, 0.003, 0.01, 0.03, 0.1)
 ADAM_START = (3e-4, 0.001, 0.003)
 
 
@@ -62,9 +70,12 @@ def tune(recipe: Recipe, data: Dataset, epochs: int) -> float:
     return float(history.final["test_accuracy"])
 
 
-def search(accuracy: Callable[[float], float], adam: bool = False) -> dict[float, float]:
+def search(
+    accuracy: Callable[[float], float],
+    ladder: Sequence[float] = LADDER,
+    start: Sequence[float] = START,
+) -> dict[float, float]:
     """Try learning rates until the best has a worse one on either side."""
-    ladder, start = (ADAM_LADDER, ADAM_START) if adam else (LADDER, START)
     tried = {lr: accuracy(lr) for lr in start}
     while True:
         place = ladder.index(max(tried, key=lambda lr: tried[lr]))
@@ -73,6 +84,22 @@ def search(accuracy: Callable[[float], float], adam: bool = False) -> dict[float
         if not untried:
             return tried
         tried[untried[0]] = accuracy(untried[0])
+
+
+def rates(name: str) -> tuple[Sequence[float], Sequence[float]]:
+    """The ladder of a recipe, and the rates that its search starts with."""
+    if name.removeprefix("cifar10-").removesuffix("-k3").removesuffix("-after") in ADAM:
+        return ADAM_LADDER, ADAM_START
+    return LADDER, FLAT_START if name in FLAT else START
+
+
+def standard_error(accuracy: float, images: int) -> float:
+    """Of an accuracy (0..1) on so many held-out images; what other seeds would change is not in it.
+
+    >>> round(standard_error(0.5, 5000), 4)
+    0.0071
+    """
+    return math.sqrt(accuracy * (1 - accuracy) / images)
 
 
 def _accuracy(make: Callable[[float], Recipe], data: Dataset, epochs: int, lr: float) -> float:
@@ -92,12 +119,13 @@ def main() -> None:
     out = Path(options.out)
     table = json.loads(out.read_text()) if out.exists() else {}
     table["settings"] = {
+        **table.get("settings", {}),  # the accuracy of an untrained hidden module stays
         "data": f"cifar10, {options.n_train} training and {options.n_test} held-out images",
         "epochs": options.epochs,
+        "standard_error": round(standard_error(0.5, options.n_test), 4),  # at most
     }
     for name in options.names or TUNED:
-        adam = name.removeprefix("cifar10-").removesuffix("-k3").removesuffix("-after") in ADAM
-        tried = search(partial(_accuracy, TUNED[name], data, options.epochs), adam)
+        tried = search(partial(_accuracy, TUNED[name], data, options.epochs), *rates(name))
         table[name] = {str(lr): tried[lr] for lr in sorted(tried)}
         print(name, table[name], flush=True)
         write(table, out)
