@@ -24,6 +24,7 @@ import pytest
 import torch
 import torchvision
 from PIL import Image
+from scipy.io import savemat
 from torchvision.transforms import functional as vision
 
 import modlib
@@ -1142,22 +1143,24 @@ def test_imagenette_is_prepared_in_the_size_asked_for(
     assert {archive for archive, _ in asked} == {"imagenette2-160.tgz", "imagenette2-320.tgz"}
 
 
+def unpack_tiny_imagenet(tree: Path) -> None:
+    """Two of its classes, a grey each."""
+    for wnid, grey in (("n1", 10), ("n2", 200)):
+        image = np.full((64, 64, 3), grey, np.uint8)
+        for i in range(3):
+            save(tree / "train" / wnid / "images" / f"{wnid}_{i}.JPEG", image)
+        save(tree / "val" / "images" / f"val_{grey}.JPEG", image)
+    (tree / "wnids.txt").write_text("n2\nn1\n")
+    (tree / "words.txt").write_text("n1\tcat, domestic cat\nn2\tdog\nn3\tcar\n")
+    table = "val_200.JPEG\tn2\t0\t0\t1\t1\nval_10.JPEG\tn1\t0\t0\t1\t1\n"
+    (tree / "val" / "val_annotations.txt").write_text(table)
+
+
 def test_tiny_imagenet_finds_its_validation_labels(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    colour = {"n1": 10, "n2": 200}
-
     def unpack(url: str, folder: str, md5: str) -> None:
-        tree = Path(folder) / "tiny-imagenet-200"
-        for wnid, grey in colour.items():
-            image = np.full((64, 64, 3), grey, np.uint8)
-            for i in range(3):
-                save(tree / "train" / wnid / "images" / f"{wnid}_{i}.JPEG", image)
-            save(tree / "val" / "images" / f"val_{grey}.JPEG", image)
-        (tree / "wnids.txt").write_text("n2\nn1\n")
-        (tree / "words.txt").write_text("n1\tcat, domestic cat\nn2\tdog\nn3\tcar\n")
-        table = "val_200.JPEG\tn2\t0\t0\t1\t1\nval_10.JPEG\tn1\t0\t0\t1\t1\n"
-        (tree / "val" / "val_annotations.txt").write_text(table)
+        unpack_tiny_imagenet(Path(folder) / "tiny-imagenet-200")
 
     monkeypatch.setattr("torchvision.datasets.utils.download_and_extract_archive", unpack)
     data = load("tiny-imagenet", tmp_path)
@@ -1278,13 +1281,91 @@ def test_trees_of_the_same_name_are_kept_apart(tree: Path, tmp_path: Path) -> No
     assert np.array_equal(a.train_images, 255 - np.asarray(b.train_images))
 
 
-def test_a_tree_that_changed_is_not_served_from_the_cache(tree: Path, tmp_path: Path) -> None:
-    folder = prepare(str(tree), tmp_path / "root")
+def added(tree: Path) -> str:
     save(tree / "val" / "bee" / "9.png", pictures(1, 8)[0])
-    os.utime(tree / "val" / "bee", ns=(2**62, 2**62))  # clocks may be coarse
-    with pytest.raises(ValueError, match=r"was prepared before .* last changed") as error:
+    return "val/bee/9.png is new"
+
+
+def removed(tree: Path) -> str:
+    (tree / "train" / "bee" / "2.png").unlink()
+    return "train/bee/2.png is gone"
+
+
+def overwritten(tree: Path) -> str:
+    """Same names and number of files, as when pictures are made again."""
+    for i, path in enumerate(sorted(tree.rglob("*.png"))):
+        save(path, pictures(1, 8, seed=100 + i)[0])
+        os.utime(path, ns=(2**60, 2**60))  # clocks may be coarse
+    return "train/ant/0.png is another file, 18 changes in all"
+
+
+def overwritten_at_the_same_time(tree: Path) -> str:
+    path = tree / "val" / "cat" / "1.png"
+    time = path.stat().st_mtime_ns
+    save(path, np.zeros((8, 8, 3), np.uint8))
+    os.utime(path, ns=(time, time))
+    return "val/cat/1.png is another file"
+
+
+def corrupted(tree: Path) -> str:
+    (tree / "train" / "cat" / "3.png").write_text("<html>not found</html>")
+    return "train/cat/3.png is another file"
+
+
+def moved(tree: Path) -> str:
+    (tree / "train" / "ant" / "0.png").rename(tree / "train" / "bee" / "7.png")
+    return "train/ant/0.png is gone, 2 changes in all"
+
+
+@pytest.mark.parametrize(
+    "change", [added, removed, overwritten, overwritten_at_the_same_time, corrupted, moved]
+)
+def test_a_tree_that_changed_is_not_served_from_the_cache(
+    tree: Path, tmp_path: Path, change: Callable[[Path], str]
+) -> None:
+    root = tmp_path / "root"
+    folder = prepare(str(tree), root)
+    assert folder
+    load(str(tree), root)  # unchanged: served
+    what = change(tree)
+    before = {p: p.read_bytes() for p in (*folder.rglob("*"), *tree.rglob("*")) if p.is_file()}
+    with pytest.raises(ValueError) as error:
+        load(str(tree), root)
+    message = one_sentence(error)
+    assert f"{folder} was prepared before {tree} last changed ({what})" in message
+    assert {p: p.read_bytes() for p in before} == before  # nothing is lost
+    assert len(load(folder.name, root).train_labels) == 12  # the old pixels, asked for by name
+    folder.rename(tmp_path / "away")  # as the message says
+    if change is corrupted:
+        with pytest.raises(ValueError, match=r"cat/3.png cannot be read as an image"):
+            load(str(tree), root)
+        return
+    new = load(str(tree), root)
+    shown = {i.tobytes() for i in (*new.train_images, *new.test_images)}
+    assert shown == {np.asarray(Image.open(p)).tobytes() for p in tree.rglob("*.png")}
+
+
+def test_a_list_of_classes_that_changed_is_not_served_from_the_cache(
+    tree: Path, tmp_path: Path
+) -> None:
+    list_flat(tree, "val.txt")
+    prepare(str(tree), tmp_path / "root")
+    text = (tree / "val.txt").read_text()
+    (tree / "val.txt").write_text(text + "\n")
+    load(str(tree), tmp_path / "root")  # the same classes
+    (tree / "val.txt").write_text(text.replace("ant_0.png ant", "ant_0.png bee"))
+    with pytest.raises(ValueError, match=r"last changed .val/ant_0.png is another file"):
         load(str(tree), tmp_path / "root")
-    assert str(folder) in one_sentence(error) and folder and folder.exists()
+
+
+def test_a_tree_prepared_without_the_times_of_its_files_is_prepared_anew(
+    tree: Path, tmp_path: Path
+) -> None:
+    folder = prepare(str(tree), tmp_path / "root")
+    assert folder
+    (folder / "source.json").write_text(json.dumps({"tree": str(tree), "changed": 1}))
+    with pytest.raises(ValueError, match=r"by an older modlib, .* move the prepared folder away"):
+        load(str(tree), tmp_path / "root")
 
 
 def test_images_of_any_shape_and_mode_are_brought_to_one_size(tree: Path, tmp_path: Path) -> None:
@@ -1337,7 +1418,7 @@ def no_test(tree: Path) -> str:
 def flat_test(tree: Path) -> str:
     (tree / "val").rename(tree / "hidden")
     save(tree / "test" / "0.png", pictures(1, 8)[0])
-    return "has no val or test folder with a folder a class"
+    return "has no val or test folder with a folder a class or a list of classes"
 
 
 @pytest.mark.parametrize(
@@ -1368,6 +1449,179 @@ def test_a_part_of_a_tree_is_told_from_the_tree(tree: Path, tmp_path: Path, part
                 f"load that, with train and test images in it: modlib.data.load('{tree}')"
                 in message
             )
+    assert not any((tmp_path / "root").glob("*"))
+
+
+# --------------------------------------------------------------------------- flat layouts
+
+
+def list_flat(tree: Path, name: str) -> list[tuple[str, str]]:
+    """Lay val out flat with such a list; returns the images' names and classes in alphabetical order."""
+    rows = []
+    for folder in sorted((tree / "val").iterdir()):
+        for path in sorted(folder.iterdir()):
+            rows.append((f"{folder.name}_{path.name}", folder.name))
+            path.rename(tree / "val" / rows[-1][0])
+        folder.rmdir()
+    rows.sort()
+    number = {"ant": "0", "bee": "1", "cat": "2"}
+    kit = {"ant": 3, "bee": 1, "cat": 2}  # in an order of its own, as the kit's are
+    content = {
+        "val_annotations.txt": [f"{n}\t{c}\t0\t0\t7\t7" for n, c in rows],
+        "val.txt": [f"{n} {c}" for n, c in rows],
+        "caffe/val.txt": [f"{n} {number[c]}" for n, c in rows],
+        "LOC_val_solution.csv": [
+            "ImageId,PredictionString",
+            *(f"{n.removesuffix('.png')},{c} 1 2 3 4 {c} 5 6 7 8" for n, c in rows[::-1]),
+        ],
+        "imagenet_2012_validation_synset_labels.txt": [c for _, c in rows],
+        "ILSVRC2012_validation_ground_truth.txt": [str(kit[c]) for _, c in rows],
+    }[name]
+    text, name = "\n".join(content) + "\n", name.removeprefix("caffe/")
+    (tree / name).write_text(text)
+    if name.startswith("ILSVRC"):
+        synsets = [(kit[c], c, "words") for c in kit] + [(4, "insects", "words")]
+        kinds = [("ILSVRC2012_ID", "O"), ("WNID", "O"), ("words", "O")]
+        savemat(tree / "meta.mat", {"synsets": np.array(synsets, kinds)})
+    return rows
+
+
+LISTS = [
+    "val_annotations.txt",
+    "val.txt",
+    "caffe/val.txt",
+    "LOC_val_solution.csv",
+    "imagenet_2012_validation_synset_labels.txt",
+    "ILSVRC2012_validation_ground_truth.txt",
+]
+
+
+@pytest.mark.parametrize("name", LISTS)
+def test_a_flat_val_is_read_with_its_list(tree: Path, tmp_path: Path, name: str) -> None:
+    expected = load(str(tree), tmp_path / "foldered")
+    known = {
+        i.tobytes(): int(t) for i, t in zip(expected.test_images, expected.test_labels, strict=True)
+    }
+    list_flat(tree, name)
+    data = load(str(tree), tmp_path / "root")
+    assert data.classes == ("ant", "bee", "cat") and len(data.test_labels) == 6
+    assert [known[i.tobytes()] for i in data.test_images] == data.test_labels.tolist()
+    few = load(str(tree), tmp_path / "root", classes=["cat", "bee"])
+    assert np.bincount(few.test_labels).tolist() == [2, 2]
+    assert [known[i.tobytes()] for i in few.test_images] == (2 - few.test_labels).tolist()
+
+
+@pytest.mark.parametrize("place", ["val", "ILSVRC2012_devkit_t12/data"])
+def test_the_list_may_lie_where_the_archives_put_it(tree: Path, tmp_path: Path, place: str) -> None:
+    list_flat(tree, "ILSVRC2012_validation_ground_truth.txt")
+    (tree / place).mkdir(parents=True, exist_ok=True)
+    for name in ("ILSVRC2012_validation_ground_truth.txt", "meta.mat"):
+        (tree / name).rename(tree / place / name)
+    assert np.bincount(load(str(tree), tmp_path / "root").test_labels).tolist() == [2, 2, 2]
+
+
+def test_kaggles_archive_is_read(tree: Path, tmp_path: Path) -> None:
+    list_flat(tree, "LOC_val_solution.csv")
+    (tree / "test").mkdir()  # images without classes
+    save(tree / "test" / "ILSVRC2012_test_1.png", pictures(1, 8)[0])
+    place = tmp_path / "kaggle" / "ILSVRC" / "Data" / "CLS-LOC"
+    place.parent.mkdir(parents=True)
+    (tree / "LOC_val_solution.csv").rename(tmp_path / "kaggle" / "LOC_val_solution.csv")
+    tree.rename(place)
+    assert np.bincount(load(str(place), tmp_path / "root").test_labels).tolist() == [2, 2, 2]
+
+
+def test_tiny_imagenet_is_read_as_it_is_unpacked(tmp_path: Path) -> None:
+    tree = tmp_path / "tiny-imagenet-200"
+    unpack_tiny_imagenet(tree)
+    (tree / "test" / "images").mkdir(parents=True)
+    save(tree / "test" / "images" / "test_0.JPEG", pictures(1, 64)[0])
+    (tree / "train" / "n1" / "n1_boxes.txt").write_text("n1_0.JPEG\t0\t0\t1\t1\n")
+    data = load(str(tree), tmp_path / "root")
+    assert data.shape == (3, 64, 64) and data.classes == ("n1", "n2")
+    assert data.train_labels.tolist() == [0] * 3 + [1] * 3
+    for images, labels in (
+        (data.train_images, data.train_labels),
+        (data.test_images, data.test_labels),
+    ):
+        assert np.abs(images.mean((1, 2, 3)) - np.array([10, 200])[labels]).max() < 2
+
+
+def test_folders_go_before_a_list(tree: Path, tmp_path: Path) -> None:
+    (tree / "val.txt").write_text("left over from before the images were sorted")
+    assert load(str(tree), tmp_path / "root").test_labels.tolist() == [0, 0, 1, 1, 2, 2]
+
+
+def no_kit(tree: Path) -> str:
+    list_flat(tree, "ILSVRC2012_validation_ground_truth.txt")
+    (tree / "meta.mat").unlink()
+    return "put the kit's meta.mat beside it"
+
+
+def a_line_too_few(tree: Path) -> str:
+    list_flat(tree, "imagenet_2012_validation_synset_labels.txt")
+    path = tree / "imagenet_2012_validation_synset_labels.txt"
+    path.write_text(path.read_text().removesuffix("cat\n"))
+    return "has 5 lines but .*val has 6 images"
+
+
+def change_list(tree: Path, old: str, new: str) -> None:
+    list_flat(tree, "val.txt")
+    text = (tree / "val.txt").read_text()
+    assert old in text
+    (tree / "val.txt").write_text(text.replace(old, new))
+
+
+def other_class(tree: Path) -> str:
+    change_list(tree, "ant_1.png ant", "ant_1.png wasp")
+    return "val.txt names class 'wasp' but .*train has no such folder"
+
+
+def number_too_high(tree: Path) -> str:
+    change_list(tree, "ant_1.png ant", "ant_1.png 3")
+    return "val.txt names class '3'"
+
+
+def other_image(tree: Path) -> str:
+    change_list(tree, "bee_1.png bee", "bee_9.png bee")
+    return "the line 'bee_9.png bee', which names no image in .*val with its class"
+
+
+def class_forgotten(tree: Path) -> str:
+    change_list(tree, "bee_1.png bee", "bee_1.png")
+    return "the line 'bee_1.png', which names no image"
+
+
+def image_forgotten(tree: Path) -> str:
+    change_list(tree, "bee_1.png bee\n", "")
+    return "val.txt has no line for .*val/bee_1.png"
+
+
+def class_never_shown(tree: Path) -> str:
+    change_list(tree, " bee", " ant")
+    return "val.txt names no image of class 'bee'"
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        no_kit,
+        a_line_too_few,
+        other_class,
+        number_too_high,
+        other_image,
+        class_forgotten,
+        image_forgotten,
+        class_never_shown,
+    ],
+)
+def test_a_list_that_will_not_do_is_explained(
+    tree: Path, tmp_path: Path, spoil: Callable[[Path], str]
+) -> None:
+    expected = spoil(tree)
+    with pytest.raises(ValueError, match=expected) as error:
+        load(str(tree), tmp_path / "root")
+    assert str(tree) in one_sentence(error)
     assert not any((tmp_path / "root").glob("*"))
 
 

@@ -13,9 +13,10 @@ import numpy as np
 from modlib.data.cache import PARTS, Root, read, root_folder
 from modlib.data.dataset import Array, Dataset, take
 from modlib.data.embedded import EMBEDDED
+from modlib.data.layouts import is_tree
 from modlib.data.pictures import resized
 from modlib.data.sources import SOURCES, Source, Unreachable
-from modlib.data.trees import check_prepared, is_tree, prepare_tree
+from modlib.data.trees import check_prepared, prepare_tree
 
 
 def load(
@@ -31,8 +32,9 @@ def load(
     downloaded, prepared once and kept; a folder of images is decoded once and kept likewise.
 
     Args:
-        name: one of ``names()``; or a folder in ``root``; or the path of a folder tree
-            (train/<class>/*.jpg and val/ or test/ likewise) or of a prepared folder.
+        name: one of ``names()``; or a folder in ``root``; or the path of a prepared folder, or of a
+            folder tree: train/<class>/*.jpg, and val/ or test/ likewise or flat with a list of the
+            classes, as ILSVRC and Tiny ImageNet are unpacked (``modlib.data.layouts``).
         root: where prepared sets lie; by default $MODLIB_DATA, else the user's cache folder.
         classes: names of the classes to keep, numbered 0, 1, ... in this order; all by default.
         size: side in pixels of square RGB images. Trees: what images are scaled and cropped to.

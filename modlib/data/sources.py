@@ -14,7 +14,8 @@ import numpy as np
 
 from modlib.data.cache import write
 from modlib.data.dataset import Array
-from modlib.data.trees import Files, list_images, prepare_files
+from modlib.data.layouts import list_images, list_tree
+from modlib.data.trees import prepare_files
 
 _PATIENCE = 30.0  # seconds without a byte before the next mirror is tried
 
@@ -168,25 +169,11 @@ def _imagenette(folder: Path, downloads: Path, size: int) -> None:
 
 def _tiny_imagenet(folder: Path, downloads: Path, size: int) -> None:
     _unpacked(_TINY_IMAGENET, _TINY_IMAGENET_MD5, downloads)
-    prepare_files(folder, *tiny_imagenet_files(downloads / "tiny-imagenet-200"), 64)
-
-
-def tiny_imagenet_files(tree: Path) -> tuple[dict[str, Files], list[str]]:
-    """Images and class names of Tiny ImageNet, whose validation labels stand in a table."""
-    wnids = sorted((tree / "wnids.txt").read_text().split())
-    number = {wnid: label for label, wnid in enumerate(wnids)}
-    words = dict(
-        line.split("\t") for line in (tree / "words.txt").read_text().splitlines() if "\t" in line
-    )
-    train = [
-        (path, number[wnid])
-        for wnid in wnids
-        for path in sorted((tree / "train" / wnid / "images").iterdir())
-    ]
-    table = (tree / "val" / "val_annotations.txt").read_text().splitlines()
-    rows = [line.split("\t")[:2] for line in table if line]
-    test = [(tree / "val" / "images" / name, number[wnid]) for name, wnid in rows]
-    return {"train": train, "test": test}, [words[wnid].split(",")[0] for wnid in wnids]
+    tree = downloads / "tiny-imagenet-200"
+    files, wnids = list_tree(tree)
+    lines = (tree / "words.txt").read_text().splitlines()
+    words = dict(line.split("\t") for line in lines if "\t" in line)
+    prepare_files(folder, files, [words[wnid].split(",")[0] for wnid in wnids], 64)
 
 
 SOURCES: dict[str, Source] = {
