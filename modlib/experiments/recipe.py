@@ -160,11 +160,13 @@ RESNET = {  # of Wang et al. 2021
 }
 
 
-def vgg8b(profile: Profile, data: Dataset, seed: int) -> nn.Module:
-    """The network of the local error signals."""
+def vgg8b(slope: float, profile: Profile, data: Dataset, seed: int) -> nn.Module:
+    """The network of the local error signals; slope of its leaky ReLU."""
     channels, size, _ = data.shape
     (width,) = profile.widths
-    return networks.vgg8b(len(data.classes), width=width, channels=channels, size=size, seed=seed)
+    return networks.vgg8b(
+        len(data.classes), width=width, channels=channels, size=size, slope=slope, seed=seed
+    )
 
 
 def resnet(blocks: int, profile: Profile, data: Dataset, seed: int) -> nn.Module:

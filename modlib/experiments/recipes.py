@@ -144,11 +144,12 @@ def _after(key: str, modules: int, lr: float) -> Recipe:
     )
 
 
-def _vgg8b(name: str, method: Method, modules: int) -> Recipe:
+def _vgg8b(name: str, method: Method, modules: int, slope: float) -> Recipe:
     """As published by Nøkland & Eidnes 2019, but for our augmentation."""
     schedule = steps(0.25, 0.5, 0.75, 0.89, 0.94)
-    note = {"lr": 5e-4, "schedule": "times 0.25 at 50, 75, 89 and 94 %"}
-    return Recipe(name, modules, lambda: method, note, VGG8B, vgg8b, schedule=schedule)
+    note = {"lr": 5e-4, "schedule": "times 0.25 at 50, 75, 89 and 94 %", "slope": slope}
+    build = partial(vgg8b, slope)
+    return Recipe(name, modules, lambda: method, note, VGG8B, build, schedule=schedule)
 
 
 def _resnet(name: str, layers: int, cut: tuple[str, ...], method: Method) -> Recipe:
@@ -168,10 +169,12 @@ _QUARTERS = {32: ("block3", "block8", "block12"), 110: ("block13", "block27", "b
 
 # The papers' networks and settings, for a GPU.
 PAPERS: list[Recipe] = [
-    _vgg8b("cifar10-vgg8b-e2ebp", E2EBP(optimizer=_ADAM), 1),
+    _vgg8b("cifar10-vgg8b-e2ebp", E2EBP(optimizer=_ADAM), 1, slope=0.0),
     *(
-        _vgg8b(f"cifar10-vgg8b-{loss}", methods.local_error_signals(loss, optimizer=_ADAM), 8)
-        for loss in ("pred", "sim", "predsim")
+        _vgg8b(
+            f"cifar10-vgg8b-{loss}", methods.local_error_signals(loss, optimizer=_ADAM), 8, slope
+        )
+        for loss, slope in (("pred", 0.0), ("sim", 0.01), ("predsim", 0.01))
     ),
     *(
         _resnet(f"cifar10-resnet{layers}-{key}-k{len(cut) + 1}", layers, cut, method)

@@ -30,9 +30,10 @@ def vgg8b(
     channels: int = 3,
     size: int = 32,
     dropout: float = 0.2,
+    slope: float = 0.01,
     seed: int | None = None,
 ) -> nn.Sequential:
-    """Six 3×3 convolutions, one hidden and one output layer, with batch norm and leaky ReLU (slope 0.01).
+    """Six 3×3 convolutions, one hidden and one output layer, with batch norm and leaky ReLU.
 
     Its layers are ``conv1`` … ``conv6``, ``hidden`` and ``head``.
 
@@ -43,6 +44,8 @@ def vgg8b(
         channels: of the image, 3 for colour.
         size: side H = W of the images, in pixels; at least 16.
         dropout: probability.
+        slope: of the leaky ReLU, as published for sim and predsim; 0 makes it the plain ReLU that
+            was published for pred and for end-to-end training.
         seed: of the initial weights; None takes PyTorch's global state.
 
     Returns:
@@ -66,11 +69,11 @@ def vgg8b(
             after = multiple * width
             convolution = nn.Conv2d(before, after, 3, padding=1)
             start = _start(number in _POOLED, dropout if number else 0.0)
-            layers[f"conv{number + 1}"] = _unit(start, convolution, nn.BatchNorm2d(after))
+            layers[f"conv{number + 1}"] = _unit(start, convolution, nn.BatchNorm2d(after), slope)
             before = after
         hidden = nn.Linear(before * (size // 16) ** 2, 8 * width)
         start = [*_start(True, dropout), nn.Flatten()]
-        layers["hidden"] = _unit(start, hidden, nn.BatchNorm1d(8 * width))
+        layers["hidden"] = _unit(start, hidden, nn.BatchNorm1d(8 * width), slope)
         layers["head"] = nn.Sequential(nn.Dropout(dropout), nn.Linear(8 * width, classes))
         return nn.Sequential(layers)
 
@@ -80,5 +83,5 @@ def _start(pooled: bool, dropout: float) -> list[nn.Module]:
     return [*start, nn.MaxPool2d(2)] if pooled else start
 
 
-def _unit(start: list[nn.Module], weights: nn.Module, norm: nn.Module) -> VGGUnit:
-    return VGGUnit(*start, weights, norm, nn.LeakyReLU(0.01))
+def _unit(start: list[nn.Module], weights: nn.Module, norm: nn.Module, slope: float) -> VGGUnit:
+    return VGGUnit(*start, weights, norm, nn.LeakyReLU(slope))
