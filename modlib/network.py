@@ -1,18 +1,21 @@
 """A network as a list of modules: the one structure on which every method of the survey works.
 
-Any network whose layers form a chain can be cut: ``nn.Sequential``, torchvision's ResNets and VGGs,
-or your own class, whose ``forward`` is traced to find the chain. Layers are shared with the network
-that was cut, not copied: training the modules trains the network.
+Any network can be cut where one tensor is all that one part hands to the next: ``nn.Sequential``,
+torchvision's networks, vision transformers, or your own class, whose ``forward`` is traced to find these
+places. Layers are shared with the network that was cut, not copied: training the modules trains the
+network.
 """
 
 from __future__ import annotations
 
 import copy
+import inspect
+import operator
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
-from typing import Any, cast, overload
+from typing import NamedTuple, cast, overload
 
 import torch
 from torch import Tensor, fx, nn
@@ -95,10 +98,11 @@ def partition(
     """Cut a network into modules.
 
     Args:
-        net: a network whose layers form a chain. Skip connections must lie inside one layer (as in
-            torchvision's residual blocks); see ``layer_names`` for the names.
+        net: from one tensor to one tensor. What lies between two places where a single tensor is
+            passed on (a skip connection, say) stays together as one layer, called after the first
+            layer in it; see ``layer_names`` for the names.
         modules: by count, a number K; or by name, the layer with which each module but the first
-            begins (K - 1 names).
+            begins (K - 1 names; the name of a container stands for its first layer).
         sample: with a count, a batch (N, ...): the cut then makes the largest module's activation
             memory (bytes that autograd saves, measured on the batch) as small as it can be. Without
             it, modules get equal numbers of layers.
@@ -108,8 +112,8 @@ def partition(
         which a module begins no longer works in place, since its input is another module's output.
 
     Raises:
-        ValueError: K is larger than the number of layers, a name is unknown or out of order, the
-            network is not a chain there, or two modules would share weights.
+        ValueError: K is larger than the number of layers, a name is unknown, out of order or no place to
+            cut, the forward pass cannot be followed, or two modules would share weights.
 
     >>> import torch, torchvision
     >>> resnet = torchvision.models.resnet18(num_classes=10)
@@ -117,6 +121,9 @@ def partition(
     ('layer4.0', 'layer4.1', 'avgpool', 'flatten', 'fc')
     >>> len(partition(resnet, modules=4, sample=torch.zeros(2, 3, 32, 32)))
     4
+    >>> vit = torchvision.models.VisionTransformer(32, 8, 4, 2, hidden_dim=16, mlp_dim=32)
+    >>> partition(vit, ["encoder.layers.encoder_layer_2"]).shapes(torch.zeros(2, 3, 32, 32))
+    [(17, 16), (1000,)]
     """
     if not isinstance(modules, int) and (isinstance(modules, str) or not _is_sequence(modules)):
         raise TypeError(
@@ -153,21 +160,36 @@ def _is_sequence(names: object) -> bool:
 
 
 def _keep_input(layer: nn.Module) -> None:
-    if isinstance(layer, _Apply):
-        layer.kwargs.pop("inplace", None)
+    """Let a layer that works in place leave what it is given as it is."""
+    if isinstance(layer, fx.GraphModule):
+        given = next(iter(layer.graph.nodes))
+        if any(_in_place(layer, user) for user in given.users):
+            with layer.graph.inserting_after(given):
+                copy = layer.graph.call_method("clone", (given,))
+            given.replace_all_uses_with(copy, lambda user: user is not copy)
+            layer.recompile()
     elif getattr(layer, "inplace", False):
         layer.inplace = False  # type: ignore[assignment]
 
 
+def _in_place(layer: nn.Module, node: fx.Node) -> bool:
+    if node.op == "call_module":
+        return bool(getattr(layer.get_submodule(str(node.target)), "inplace", False))
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    return bool(node.kwargs.get("inplace")) or name.endswith("_")
+
+
 def _starts_by_name(chain: Chain, names: Sequence[str]) -> list[int]:
     known = [name for name, _ in chain]
+    starts = [0]
     for name in names:
-        if name not in known:
+        found = [i for i, layer in enumerate(known) if f"{layer}.".startswith(f"{name}.")]
+        if not found:
             raise ValueError(
                 f"modules: the network cannot be cut at {name!r}; it can be cut before any of "
-                f"{', '.join(known[1:])}."
+                f"{', '.join(known[1:])}, where nothing but one tensor is passed on."
             )
-    starts = [0, *(known.index(name) for name in names)]
+        starts.append(found[0])
     if any(a >= b for a, b in pairwise(starts)):
         raise ValueError(
             f"modules: {list(names)} are not in the network's order, or name its first layer "
@@ -209,7 +231,7 @@ def _measured_costs(layers: list[nn.Module], x: Tensor) -> Costs:
 def _run(layer: nn.Module, x: Tensor) -> Tensor:
     try:
         return cast(Tensor, layer(x))
-    except (RuntimeError, ValueError) as error:
+    except (RuntimeError, ValueError, AssertionError) as error:
         raise ValueError(
             f"sample: {type(layer).__name__} cannot train on a batch of shape {tuple(x.shape)} "
             f"({str(error).splitlines()[0]}); give a few images like those to train on."
@@ -248,38 +270,6 @@ def _cheapest_cut(
 # --- the chain of layers --------------------------------------------------------------------------
 
 
-class _Apply(nn.Module):
-    """A function between two layers (``torch.flatten`` in torchvision's forward) as a layer."""
-
-    def __init__(
-        self,
-        function: Callable[..., Any] | str,
-        args: Sequence[Any],
-        kwargs: dict[str, Any],
-        position: int,
-    ) -> None:
-        super().__init__()
-        self.function, self.args, self.kwargs = function, args, kwargs
-        self.position = position  # of the input among the arguments
-
-    def forward(self, x: Tensor) -> Tensor:
-        function = self.function
-        if isinstance(function, str):
-            function = getattr(type(x), function)
-        args = (*self.args[: self.position], x, *self.args[self.position :])
-        return cast(Tensor, function(*args, **self.kwargs))
-
-    def extra_repr(self) -> str:
-        return str(self.function)
-
-
-class _Tracer(fx.Tracer):
-    """Looks into the network and its ``nn.Sequential`` containers, but into no layer."""
-
-    def is_leaf_module(self, module: nn.Module, name: str) -> bool:
-        return type(module) is not nn.Sequential
-
-
 def _chain(net: nn.Module) -> Chain:
     if isinstance(net, ModularNetwork):  # cut it anew
         layers = [layer for module in net for layer in module]
@@ -305,42 +295,147 @@ def _flattened(net: nn.Sequential, prefix: str = "") -> Chain:
 
 
 def _traced(net: nn.Module) -> Chain:
+    chain: dict[str, nn.Module] = {}
+    for link in _links(net, _graph(net)):
+        first = next((node for node in link.nodes if node.op == "call_module"), link.output)
+        name = str(first.target) if first.op == "call_module" else first.name
+        chain[first.name if name in chain else name] = _layer(net, link)
+    return list(chain.items())
+
+
+class _Link(NamedTuple):
+    """A stretch of a graph that one tensor enters and one tensor leaves, and nothing else."""
+
+    input: fx.Node
+    nodes: list[fx.Node]
+    output: fx.Node
+
+
+def _links(net: nn.Module, graph: fx.Graph) -> Iterator[_Link]:
+    """The shortest stretches, in order: each ends where all that follows needs one tensor only."""
+    given, *other = (node for node in graph.nodes if node.op == "placeholder")
+    unused = _made_of(graph, other)
+    steps = [node for node in graph.nodes if node.op.startswith("call_") and node not in unused]
+    (returned,) = (node for node in graph.nodes if node.op == "output")
+    for node in (*steps, returned):
+        if unused & set(node.all_input_nodes) or (node is returned and node.args[0] not in steps):
+            raise ValueError(
+                f"net: {type(net).__name__} is not a chain at {node.name!r}, which uses or gives something "
+                "other than one tensor that is computed from the network's first input; put the rest "
+                "inside one layer."
+            )
+    when = {node: i for i, node in enumerate((*steps, returned))}
+    start, nodes = given, []
+    for now, node in enumerate(steps):
+        nodes.append(node)
+        alive = [n for n in (start, *nodes) if any(when.get(user, 0) > now for user in n.users)]
+        if len(alive) == 1 and alive[0] is not start and not _is_tuple(alive[0]):
+            yield _Link(start, nodes, alive[0])
+            start, nodes = alive[0], []
+
+
+def _made_of(graph: fx.Graph, inputs: list[fx.Node]) -> set[fx.Node]:
+    """These and all that is computed from nothing else: for optional inputs, that they are left out."""
+    made = set(inputs)
+    for node in graph.nodes:
+        if node.all_input_nodes and made.issuperset(node.all_input_nodes):
+            made.add(node)
+    return made
+
+
+def _is_tuple(node: fx.Node) -> bool:
+    """Is it taken apart by whole numbers? No layer takes one image out of a batch."""
+    return any(
+        user.target is operator.getitem and isinstance(user.args[1], int) for user in node.users
+    )
+
+
+def _layer(net: nn.Module, link: _Link) -> nn.Module:
+    """The layer itself where a link is one, else what lies in it; parameters are the network's."""
+    first, *more = link.nodes
+    if not more and first.op == "call_module" and (first.args, first.kwargs) == ((link.input,), {}):
+        return net.get_submodule(str(first.target))
+    graph = fx.Graph()
+    copies = {link.input: graph.placeholder("x")}
+
+    def copied(node: fx.Node) -> fx.Node:
+        if node not in copies:  # a parameter is looked up where it is used
+            copies[node] = graph.node_copy(node, copied)
+        return copies[node]
+
+    for node in link.nodes:
+        copied(node)
+    graph.output(copies[link.output])
+    return fx.GraphModule(net, graph, class_name=link.output.name)
+
+
+# --- the forward pass as a graph ------------------------------------------------------------------
+
+
+class _Tracer(fx.Tracer):
+    """Looks into the network, its ``nn.Sequential`` containers and what holds blocks, but into no layer."""
+
+    def __init__(self, opened: set[nn.Module]) -> None:
+        super().__init__()
+        self.opened = opened
+
+    def is_leaf_module(self, module: nn.Module, name: str) -> bool:
+        return type(module) is not nn.Sequential and module not in self.opened
+
+
+def _graph(net: nn.Module) -> fx.Graph:
+    """What the forward pass computes, optional inputs left out.
+
+    Raises:
+        ValueError: it cannot be followed, or differs between training and evaluation.
+    """
+    parts = [part for part in net.modules() if part is not net and _holds_blocks(part)]
+    tracer = _Tracer({part for part in parts if _can_be_followed(part)})
+    graphs = []
+    with evaluating(net):
+        for mode in (False, True):
+            for part in net.modules():
+                part.training = mode
+            graphs.append(_followed(net, tracer))
+    if str(graphs[0]) != str(graphs[1]):
+        raise ValueError(
+            f"net: the forward of {type(net).__name__} computes something else in training than in "
+            "evaluation, outside its layers, and would stay in the mode it is cut in; use the layer "
+            "nn.Dropout for dropout, and switch auxiliary outputs off."
+        )
+    return graphs[0]
+
+
+def _followed(net: nn.Module, tracer: fx.Tracer) -> fx.Graph:
+    _, *others = inspect.signature(net.forward).parameters.values()
+    left_out = {p.name: p.default for p in others if p.default is not p.empty}
     try:
-        graph = _Tracer().trace(net)
+        return tracer.trace(net, left_out)
     except Exception as error:
         raise ValueError(
             f"net: the forward of {type(net).__name__} cannot be followed ({error}); "
             "write it as a chain of layers, for example with nn.Sequential."
         ) from error
-    chain: Chain = []
-    previous: fx.Node | None = None
-    for node in graph.nodes:
-        if node.op != "placeholder":
-            _check_chain(net, node, previous)
-        if node.op not in ("placeholder", "output"):
-            used = any(name == node.target for name, _ in chain)
-            name = str(node.target) if node.op == "call_module" and not used else node.name
-            chain.append((name, _layer(net, node)))
-        previous = node
-    return chain
 
 
-def _check_chain(net: nn.Module, node: fx.Node, previous: fx.Node | None) -> None:
-    """Does this node use the previous one's output, once, and nothing else that is computed?"""
-    used: list[fx.Node] = []
-    fx.node.map_arg((node.args, node.kwargs), used.append)
-    layer_of_more = node.op == "call_module" and len(node.args) + len(node.kwargs) > 1
-    if used != [previous] or previous not in node.args or layer_of_more:
-        raise ValueError(
-            f"net: {type(net).__name__} is not a chain at {node.name!r}, which uses something other "
-            "than the layer before it; put skip connections and extra inputs inside one layer, and "
-            "flatten with torch.flatten(x, 1)."
-        )
-    if "dropout" in node.name and node.op == "call_function":
-        raise ValueError(
-            f"net: {type(net).__name__} calls a dropout function, which would stay in the mode it "
-            "is cut in; use the layer nn.Dropout."
-        )
+def _holds_blocks(module: nn.Module) -> bool:
+    """Is one of its children a list of blocks: of layers of one class, with a forward of their own?"""
+    kinds = (nn.Sequential, nn.ModuleList)
+    lists = [[*child.children()] for child in module.children() if type(child) in kinds]
+    alike = [blocks for blocks in lists if len(blocks) > 1 and len({type(b) for b in blocks}) == 1]
+    of_torch = type(module).__module__.startswith("torch.")
+    return not of_torch and any(_is_block(blocks[0]) for blocks in alike)
+
+
+def _is_block(layer: nn.Module) -> bool:
+    return any(layer.children()) and type(layer).forward is not nn.Sequential.forward
+
+
+def _can_be_followed(module: nn.Module) -> bool:
+    try:
+        return bool(list(_links(module, _graph(module))))
+    except ValueError:
+        return False
 
 
 def _check_unshared(parts: list[Chain]) -> None:
@@ -354,14 +449,6 @@ def _check_unshared(parts: list[Chain]) -> None:
                         f"net: {other!r} and {name!r} share weights, so no cut between them isolates "
                         "a module; give each its own."
                     )
-
-
-def _layer(net: nn.Module, node: fx.Node) -> nn.Module:
-    if node.op == "call_module":
-        return net.get_submodule(str(node.target))
-    (position,) = (i for i, arg in enumerate(node.args) if isinstance(arg, fx.Node))
-    others = (*node.args[:position], *node.args[position + 1 :])
-    return _Apply(node.target, others, dict(node.kwargs), position)
 
 
 def _attribute_names(chain: Chain) -> list[tuple[str, nn.Module]]:

@@ -454,7 +454,7 @@ def _listed(descriptions: Iterable[str]) -> str:
 def _output_shape(net: ModularNetwork, sample: Tensor, data: Dataset) -> tuple[int, ...]:
     try:
         return net.shapes(sample)[-1]
-    except (RuntimeError, ValueError, IndexError) as error:
+    except (RuntimeError, ValueError, IndexError, AssertionError) as error:
         raise ValueError(
             f"net: it cannot run on images of shape {tuple(sample.shape[1:])} of {data.name!r} "
             f"({str(error).splitlines()[0]}); build it for that shape."

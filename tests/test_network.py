@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from itertools import combinations, pairwise
 
@@ -12,7 +13,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from modlib import networks
+from modlib.data import Dataset
+from modlib.methods import E2EBP
 from modlib.network import ModularNetwork, layer_names, partition
+from modlib.training import fit
 
 
 class Plain(nn.Module):
@@ -167,6 +171,193 @@ def test_a_cut_network_can_be_cut_anew() -> None:
     assert_same_network(whole, cut, torch.randn(4, 1, 8, 8))
 
 
+# --- what is no chain of layers becomes one -------------------------------------------------------
+
+
+def late_skip(net: Plain, x: Tensor) -> Tensor:
+    a = net.act(x)
+    return net.head(net.act(2 * a + 1) + a)
+
+
+def in_halves(net: Plain, x: Tensor) -> Tensor:
+    a, b = net.act(x).chunk(2, dim=1)
+    return net.head(torch.cat([b, a], 1))
+
+
+def sized(net: Plain, x: Tensor) -> Tensor:
+    return net.head(net.act(x).view(x.size(0), -1))
+
+
+BETWEEN: dict[str, tuple[Callable[[Plain, Tensor], object], list[str]]] = {
+    "skip": (lambda net, x: net.head(x + net.act(x)), ["act", "head"]),
+    "late skip": (late_skip, ["act", "act_1", "head"]),
+    "halves": (in_halves, ["act", "cat", "head"]),  # no cut where a tuple is passed on
+    "size": (lambda net, x: net.head(x.view(x.size(0), -1)), ["view", "head"]),
+    "early size": (sized, ["act", "head"]),
+    "square": (lambda net, x: net.head(x * x), ["mul", "head"]),
+    "weight": (lambda net, x: net.head(x * net.head.weight[0]), ["mul", "head"]),
+    "keyword": (lambda net, x: net.head(input=x), ["head"]),
+    "unused layer": (lambda net, x: (net.head(x), net.act(x))[0], ["head"]),
+}
+
+
+@pytest.mark.parametrize("case", BETWEEN)
+def test_what_lies_between_two_single_tensors_is_one_layer(case: str) -> None:
+    forward, names = BETWEEN[case]
+    whole, x = Broken(forward), torch.randn(4, 8)
+    assert layer_names(whole) == names
+    for count in range(1, len(names) + (case != "weight")):  # which two layers share
+        assert torch.equal(partition(whole, count)(x), whole(x))
+
+
+class Block(nn.Module):
+    """Pre-norm attention and perceptron, as in timm's vision transformers."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.attn = nn.MultiheadAttention(width, 2, dropout=0.1, batch_first=True)
+        self.mlp = nn.Sequential(
+            nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm1(x)
+        x = x + self.attn(y, y, y, need_weights=False)[0]
+        return x + self.mlp(self.norm2(x))
+
+
+class TimmLike(nn.Module):
+    """The attributes, the optional argument and the forward pass of timm's ``VisionTransformer``."""
+
+    def __init__(self, listed: type[nn.Module] = nn.ModuleList) -> None:
+        super().__init__()
+        blocks = [Block(8) for _ in range(3)]
+        self.class_token = nn.Parameter(torch.randn(1, 1, 8))
+        self.pos_embed = nn.Parameter(torch.randn(1, 17, 8))
+        self.patch_embed = nn.Conv2d(1, 8, 2, 2)
+        self.blocks = nn.Sequential(*blocks) if listed is nn.Sequential else nn.ModuleList(blocks)
+        self.norm, self.head = nn.LayerNorm(8), nn.Linear(8, 3)
+
+    def forward_features(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        x = self.patch_embed(x).flatten(2).transpose(1, 2)
+        x = torch.cat((self.class_token.expand(x.shape[0], -1, -1), x), dim=1)
+        x = x.add_(self.pos_embed)
+        if isinstance(self.blocks, nn.Sequential) and mask is None:
+            return self.norm(self.blocks(x))
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(x)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        return self.head(self.forward_features(x, mask)[:, 0])
+
+
+class Inside(nn.Module):
+    """A transformer that another network holds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.backbone, self.more = TimmLike(), nn.Linear(3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.more(self.backbone(x))
+
+
+def torchvision_vit() -> nn.Module:
+    net = torchvision.models.VisionTransformer(8, 2, 3, 2, 8, 16, dropout=0.1, num_classes=3)
+    net.conv_proj = nn.Conv2d(1, 8, 2, 2)
+    nn.init.normal_(net.heads.head.weight)  # drawn as zeros
+    return net
+
+
+TRANSFORMERS: dict[str, tuple[Callable[[], nn.Module], str]] = {
+    "torchvision": (torchvision_vit, "encoder.layers.encoder_layer_"),
+    "timm's": (lambda: TimmLike(nn.Sequential), "blocks."),
+    "in a loop": (TimmLike, "blocks."),
+    "inside": (Inside, "backbone.blocks."),
+}
+
+
+@pytest.mark.parametrize("name", TRANSFORMERS)
+def test_vision_transformers_are_cut_between_their_blocks(name: str) -> None:
+    build, blocks = TRANSFORMERS[name]
+    torch.manual_seed(0)
+    whole, x = build(), torch.randn(4, 1, 8, 8)
+    by_name = [f"{blocks}1", f"{blocks}2"]
+    counted = [partition(whole, k) for k in range(2, len(layer_names(whole)) + 1)]
+    for cut in (partition(whole, by_name), partition(whole, 3, sample=x), *counted):
+        for mode in (False, True):
+            outputs = []
+            for net in (whole, cut):
+                torch.manual_seed(0)  # for dropout
+                outputs.append(net.train(mode)(x))
+            assert torch.equal(*outputs)
+        assert {id(p) for p in cut.parameters()} == {id(p) for p in whole.parameters()}
+    cut = partition(whole, by_name).eval()
+    assert [names[0] for names in cut.names[1:]] == by_name
+    assert cut.shapes(x) == [(17, 8), (17, 8), (3,)]
+    assert torch.equal(copy.deepcopy(cut)(x), cut(x)) and partition(cut, 2).names[0]
+
+
+@pytest.mark.parametrize("name", TRANSFORMERS)
+def test_a_step_of_the_modules_is_a_step_of_the_transformer(name: str) -> None:
+    build, blocks = TRANSFORMERS[name]
+    torch.manual_seed(0)
+    whole, x = build().eval(), torch.randn(4, 1, 8, 8)
+    before = whole(x).detach()
+    cut = partition(whole, [f"{blocks}1"]).eval()
+    optimizer = torch.optim.SGD(cut.parameters(), 0.1)
+    for module in cut:  # no gradient crosses, and the class token and positions are trained too
+        x = module(x.detach())
+        x.square().mean().backward()
+    assert all(p.grad is not None and p.grad.any() for p in cut[0].parameters())
+    optimizer.step()
+    again = torch.randn(4, 1, 8, 8)
+    assert torch.equal(cut(again), whole(again))
+    assert not torch.allclose(whole(again), before, atol=1e-3)
+
+
+def test_images_of_another_size_are_told_before_a_transformer_trains(digits: Dataset) -> None:
+    net = torchvision.models.VisionTransformer(16, 4, 1, 2, 8, 16, num_classes=10)
+    net.conv_proj = nn.Conv2d(1, 8, 4, 4)
+    with pytest.raises(ValueError, match=r"cannot run on images of shape .*Wrong image height"):
+        fit(partition(net, 2), E2EBP(), digits, epochs=1, progress=False)
+
+
+def test_a_module_that_begins_by_adding_in_place_keeps_its_input() -> None:
+    cut = partition(TimmLike(), ["add_"])
+    given = torch.randn(2, 17, 8)
+    kept = given.clone()
+    cut[1](given)
+    assert torch.equal(given, kept)
+
+
+def test_layers_of_torch_and_blocks_that_cannot_be_followed_stay_whole() -> None:
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, norm_first=True)
+    net = nn.ModuleDict({"encoder": nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)})
+
+    class Net(Plain):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.encoder(x).mean(1))
+
+    class Choosy(TimmLike):
+        def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+            return super().forward(x) if x.sum() > 0 else super().forward(-x)
+
+    whole = Net()
+    whole.encoder = net["encoder"]
+    assert layer_names(whole) == ["encoder", "mean", "head"]
+    inside = Inside()
+    inside.backbone = Choosy()
+    assert layer_names(inside) == ["backbone", "more"]
+
+
+def test_a_container_stands_for_its_first_layer() -> None:
+    cut = partition(torchvision.models.resnet18(num_classes=10), ["layer2", "layer4"])
+    assert [names[0] for names in cut.names] == ["conv1", "layer2.0", "layer4.0"]
+
+
 # --- balanced by memory ---------------------------------------------------------------------------
 
 
@@ -263,15 +454,14 @@ def branch(net: Plain, x: Tensor) -> Tensor:
 
 
 NO_CHAIN: dict[str, tuple[Callable[[Plain, Tensor], object], str]] = {
-    "skip": (lambda net, x: net.head(x + net.act(x)), "not a chain at 'add'"),
-    "square": (lambda net, x: net.head(x * x), "not a chain at 'mul'"),
-    "size": (lambda net, x: net.head(x.view(x.size(0), -1)), r"torch.flatten\(x, 1\)"),
-    "unused layer": (lambda net, x: (net.head(x), net.act(x))[0], "not a chain at 'act'"),
     "two outputs": (lambda net, x: (net.head(x), x), "not a chain at 'output'"),
-    "weight": (lambda net, x: x @ net.head.weight, "not a chain at 'head_weight'"),
-    "keyword": (lambda net, x: net.head(input=x), "not a chain at 'head'"),
+    "given back": (lambda net, x: x, "not a chain at 'output'"),
     "branch": (branch, "cannot be followed"),
     "dropout": (lambda net, x: net.head(F.dropout(x, 0.5, net.training)), "nn.Dropout"),
+    "mode": (
+        lambda net, x: net.head(x if net.training else 2 * x),
+        "in training than in evaluation",
+    ),
 }
 
 
@@ -280,6 +470,16 @@ def test_what_is_no_chain_is_refused(case: str) -> None:
     forward, message = NO_CHAIN[case]
     with pytest.raises(ValueError, match=message):
         partition(Broken(forward), 1)
+
+
+class TwoInputs(Plain):
+    def forward(self, x: Tensor, other: Tensor) -> Tensor:  # type: ignore[override]
+        return self.head(x + self.act(other))
+
+
+def test_a_second_input_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"not a chain at 'add', which uses .* first input"):
+        partition(TwoInputs(), 1)
 
 
 @pytest.mark.parametrize(
@@ -324,6 +524,8 @@ def test_nothing_can_be_cut_out_of_nothing() -> None:
 def test_a_sample_of_the_wrong_shape_is_explained() -> None:
     with pytest.raises(ValueError, match=r"sample: ConvUnit cannot train on .* \(2, 1, 32, 32\)"):
         partition(networks.cnn(), 2, sample=torch.zeros(2, 1, 32, 32))
+    with pytest.raises(ValueError, match=r"\(2, 1, 16, 16\) \(Wrong image height! Expected 8"):
+        partition(torchvision_vit(), 2, sample=torch.zeros(2, 1, 16, 16))
     with pytest.raises(ValueError, match="Expected more than 1 value per channel"):
         partition(torchvision.models.resnet18(), 2, sample=torch.zeros(1, 3, 32, 32))
 
