@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_flatten, tree_map
 import modlib
 from modlib import few_labels, objectives, transfer
 from modlib.certificates import Deviations, best_head, gap_from_features
-from modlib.objectives.hsic import hsic, nhsic
+from modlib.objectives import hsic, nhsic
 
 
 class OnMPS(Tensor):

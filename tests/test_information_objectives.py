@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import OrderedDict
 from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
 
 import numpy as np
@@ -38,8 +39,7 @@ from modlib.methods.transport_regularised import residual_branches
 from modlib.network import ModularNetwork, partition
 from modlib.networks.patches import JoinPatches, Patches, patch_cnn
 from modlib.networks.residual import ResidualUnit, resnet
-from modlib.objectives import HSIC, CrossEntropy, InfoNCE, InfoPro
-from modlib.objectives.hsic import hsic, nhsic
+from modlib.objectives import HSIC, CrossEntropy, InfoNCE, InfoPro, dependence, hsic, nhsic
 from modlib.objectives.infopro import infopro_weights
 from modlib.training import fit
 
@@ -113,6 +113,36 @@ def test_hsic_objective_is_its_formula() -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         single = objective.local(maps.float(), labels, images.float())
     assert single.item() == pytest.approx(expected, rel=1e-3)
+
+
+def test_layers_share_the_kernels_of_the_input_and_the_labels(
+    digits: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One matrix for each layer and two for all of them, not four for each; the updates are the same."""
+    fits = []
+    ridge_fit = dependence._ridge_fit
+    monkeypatch.setattr(
+        dependence, "_ridge_fit", lambda a, bandwidth: fits.append(1) or ridge_fit(a, bandwidth)
+    )
+    x, y = Loader(digits).sample(32)
+    plain = partial(torch.optim.SGD, lr=0.1)
+    trained, counts = [], []
+    for method in (
+        hsic_bottleneck(optimizer=plain),
+        LocalLearning(HSIC(), optimizer=plain),
+        hsic_bottleneck(in_turn=True, optimizer=plain),
+    ):
+        net = hsic_network((64, 16, 16, 16))
+        stages = method.stages(net, x)
+        for stage in stages:
+            fits.clear()
+            stage.step(x, y)
+            stage.step(x, y)
+            counts.append(len(fits) / 2)
+        assert all(o._held is None for s in stages for o in s.objectives if isinstance(o, HSIC))
+        trained.append([p.detach() for p in net.parameters()])
+    assert counts == [3 + 2, 3 * (1 + 2), 3, 3, 3, 0]
+    torch.testing.assert_close(trained[0], trained[1])
 
 
 def test_nhsic_counts_the_directions_that_are_shared() -> None:

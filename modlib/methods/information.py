@@ -10,12 +10,13 @@ from torch import Tensor, nn
 
 from modlib.data import Dataset, Loader
 from modlib.data.loader import Split
+from modlib.methods.bottleneck import Bottleneck
 from modlib.methods.information_propagation import InformationPropagation
 from modlib.methods.local import LocalLearning
 from modlib.methods.method import Optimizers, sgd
 from modlib.methods.transport_regularised import TransportRegularised
 from modlib.network import evaluating, in_precision
-from modlib.objectives.hsic import HSIC
+from modlib.objectives.dependence import HSIC
 from modlib.objectives.infonce import InfoNCE
 
 
@@ -25,7 +26,7 @@ def hsic_bottleneck(
     *,
     in_turn: bool = False,
     optimizer: Optimizers = None,
-) -> LocalLearning:
+) -> Bottleneck:
     """The HSIC bottleneck: hidden modules share with the labels, not with the input.
 
     One linear layer as last module is the paper's "formatted" read-out: it changes nothing in the others,
@@ -50,7 +51,7 @@ def hsic_bottleneck(
     HSIC(weight=200.0, bandwidth=5.0)
     """
     plain = sgd(lr=0.1, momentum=0.0, weight_decay=1e-3)
-    return LocalLearning(HSIC(weight, bandwidth), in_turn=in_turn, optimizer=optimizer or plain)
+    return Bottleneck(HSIC(weight, bandwidth), in_turn=in_turn, optimizer=optimizer or plain)
 
 
 def greedy_infomax(

@@ -23,7 +23,7 @@ On labels::
 
 On the input::
 
-    HSIC                    forget the input and keep the labels (``nhsic``: the dependence itself)
+    HSIC                    forget the input and keep the labels (``nhsic``, ``hsic``: the dependence itself)
     InfoPro                 rebuild the image and keep the labels
     InfoNCE                 patches predict patches below them
 
@@ -31,8 +31,9 @@ On the input::
 ``help(modlib.objectives.SupCon)`` says more about one of them; torch's part of it comes last.
 """
 
-from modlib.objectives.hsic import HSIC as HSIC
-from modlib.objectives.hsic import nhsic as nhsic
+from modlib.objectives.dependence import HSIC as HSIC
+from modlib.objectives.dependence import hsic as hsic
+from modlib.objectives.dependence import nhsic as nhsic
 from modlib.objectives.infonce import InfoNCE as InfoNCE
 from modlib.objectives.infopro import InfoPro as InfoPro
 from modlib.objectives.objective import Objective as Objective

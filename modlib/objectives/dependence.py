@@ -5,7 +5,8 @@ r"""The HSIC bottleneck: a module forgets the input and keeps the labels.
 
 with the centred Gram matrix :math:`K_a` of a batch of m vectors. R is the matrix by
 which kernel ridge regression smooths, so nHSIC counts the directions that a and b share. It costs
-:math:`O(m^3)` a batch.
+:math:`O(m^3)` a batch: :math:`L_k = \mathrm{tr}(R_{h_k} (R_x - \lambda R_y))` needs one R for each
+layer, and those of x and y once for all layers.
 
 Source: Ma, Lewis & Kleijn 2020 (arXiv 1908.01580), section "Proposed method". Plain HSIC: Gretton et
 al. 2005.
@@ -13,7 +14,8 @@ al. 2005.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Self
 
 import torch
@@ -56,6 +58,7 @@ class HSIC(Objective):
         if not 0 < weight < float("inf"):
             raise ValueError(f"weight={weight}: give a finite number above 0, such as 50.")
         self.weight, self.bandwidth, self.classes = weight, bandwidth, classes
+        self._held: Tensor | None = None  # the target, while layers share it
 
     def for_module(self, shape: Sequence[int], classes: int) -> Self:
         ready = super().for_module(shape, classes)
@@ -63,13 +66,32 @@ class HSIC(Objective):
         return ready
 
     def local(self, h: Tensor, y: Tensor, x: Tensor) -> Tensor:
+        h = h.flatten(1)
+        _check(h, x.flatten(1), self.bandwidth)
+        target = self.target(x, y) if self._held is None else self._held
+        with torch.autocast(h.device.type, enabled=False):
+            value = (_ridge_fit(h, self.bandwidth) * target).sum()
+        return value.to(wide(h))
+
+    @torch.no_grad()
+    def target(self, x: Tensor, y: Tensor) -> Tensor:
+        """R_x - λ R_y, to which every layer of a step compares itself: (m, m) in float64."""
         if self.classes is None:
             raise ValueError("classes=None: say how many classes there are, as HSIC(classes=10).")
-        check_labels(y, len(h), self.classes)
-        onehot = F.one_hot(y, self.classes).to(wide(h))
-        h, x = h.flatten(1), x.flatten(1)
-        forget, keep = nhsic(h, x, self.bandwidth), nhsic(h, onehot, self.bandwidth)
+        check_labels(y, len(x), self.classes)
+        onehot = F.one_hot(y, self.classes)
+        with torch.autocast(x.device.type, enabled=False):
+            forget, keep = (_ridge_fit(v, self.bandwidth) for v in (x.flatten(1), onehot))
         return forget - self.weight * keep
+
+    @contextmanager
+    def holding(self, target: Tensor) -> Iterator[None]:
+        """Within this context ``local`` takes its target as given."""
+        self._held = target
+        try:
+            yield
+        finally:
+            self._held = None
 
     def forward(self, h: Tensor, y: Tensor) -> Tensor:
         raise ValueError(
