@@ -73,7 +73,10 @@ def _parser() -> argparse.ArgumentParser:
     _common(sub)
 
     sub = add("data", _data, "Prepare a data set, or say how to do it by hand.", _DATA)
-    sub.add_argument("name", metavar="NAME", help='a data set\'s name, or "list" to see them')
+    sub.add_argument(
+        "name", metavar="NAME", help='a name, or a folder\'s path; "list" to see names'
+    )
+    sub.add_argument("--size", type=_whole(1), help="side in pixels of square images")
     sub.add_argument(
         "--root", help="where data sets are kept (default: $MODLIB_DATA, else a cache)"
     )
@@ -184,6 +187,7 @@ _DATA = """\
 Data sets are kept as memory-mapped arrays: ROOT/NAME/{train,test}_{images,labels}.npy,
 classes.json. Examples:  modlib data list
            modlib data cifar10 --root ~/data
+           modlib data ~/pictures --size 64      a tree of train/CLASS/*.jpg and val/CLASS/*.jpg
 """
 
 
@@ -193,8 +197,8 @@ def _data(options: argparse.Namespace) -> None:
     if options.name == "list":
         print("\n".join(data.names()))
         return
-    print(data.explain(options.name, options.root))
-    data.prepare(options.name, options.root)
+    print(data.explain(options.name, options.root, size=options.size))
+    data.prepare(options.name, options.root, size=options.size)
 
 
 _AUDIT = """\

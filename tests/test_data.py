@@ -330,7 +330,7 @@ def test_tokens_are_prepared_and_split_as_images_are(tmp_path: Path) -> None:
 
 def test_tokens_are_neither_augmented_nor_resized_nor_normalised(tmp_path: Path) -> None:
     data = tokens()
-    with pytest.raises(ValueError, match="words holds tokens; give False"):
+    with pytest.raises(ValueError, match="words holds tokens; leave augment out"):
         Loader(data, augment=Augment())
     with pytest.raises(ValueError, match="mean and std need 0 numbers"):
         Dataset("words", *(getattr(data, part) for part in PARTS), mean=(0.5,), std=(1.0,))

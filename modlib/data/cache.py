@@ -100,8 +100,8 @@ def write_json(path: Path, content: object) -> None:
 def damaged(path: Path, what: str) -> ValueError:
     """One sentence on a file or folder that is not as it should be; nothing is deleted."""
     return ValueError(
-        f"{path} {what}; put that right, or move the prepared folder away and load the data set "
-        f"again to have it prepared anew."
+        f"{path} {what}; put that right, or move the prepared folder away and prepare it anew, which "
+        f"load does for a known name or a folder tree."
     )
 
 

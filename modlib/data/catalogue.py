@@ -106,8 +106,13 @@ def prepare(
     return folder
 
 
-def explain(name: str, root: Root = None) -> str:
+def explain(name: str, root: Root = None, *, size: int | None = None) -> str:
     """What a data set is, where it would lie, and how to get it there; reads and writes nothing.
+
+    Args:
+        name: as for ``load``.
+        root: as for ``load``.
+        size: as for ``load``.
 
     Raises:
         ValueError: if the name is unknown, or of a folder that is neither prepared nor a tree.
@@ -124,7 +129,7 @@ def explain(name: str, root: Root = None) -> str:
     if name in EMBEDDED:
         return f"{name}: embedded, works offline: modlib.data.load({name!r})"
     place = root_folder(root)
-    folder, source = _folder(name, place), SOURCES.get(name)
+    folder, source = _folder(name, place, size), SOURCES.get(name)
     about = f"{name}: {source.about}\n{source.page}\n" if source else f"{name}: "
     if folder.is_dir():
         if is_tree(folder):
@@ -135,16 +140,14 @@ def explain(name: str, root: Root = None) -> str:
         raise _unknown(name, place)
     if source.prepare is None:
         return about + _by_hand(name)
-    return f"{about}not prepared in {folder} yet: {_how(name, place)}"
+    return f"{about}not prepared in {folder} yet: {_how(name, folder)}"
 
 
 def _ensure(
     name: str, root: Path, classes: Sequence[str] | None, size: int | None
 ) -> tuple[Path, bool]:
     """The prepared folder, and whether it holds those classes in that size already."""
-    source, folder = SOURCES.get(name), _folder(name, root)
-    if source and source.size and size not in (None, source.size):
-        folder = root / f"{name}-{size}px"
+    source, folder = SOURCES.get(name), _folder(name, root, size)
     if folder.is_dir():
         if is_tree(folder):
             return prepare_tree(folder, root, classes, size), True
@@ -156,10 +159,12 @@ def _ensure(
     return folder, False
 
 
-def _folder(name: str, root: Path) -> Path:
+def _folder(name: str, root: Path, size: int | None) -> Path:
     """Where a name points: into root, unless it is a path."""
     if os.sep not in name and "/" not in name and not name.startswith(("~", ".")):
-        return root / name
+        source = SOURCES.get(name)
+        sized = source and source.size and size not in (None, source.size)
+        return root / (f"{name}-{size}px" if sized else name)
     folder = Path(name).expanduser().absolute()
     if not folder.is_dir():
         raise ValueError(f"name is {name!r} but there is no such folder; check the path.")
@@ -176,8 +181,8 @@ def _fetch(name: str, source: Source, folder: Path, size: int | None) -> None:
         downloads = tempfile.TemporaryDirectory(prefix=f".{name}-downloading-", dir=root)
     except OSError as error:
         raise ValueError(
-            f"root is {root}, where nothing can be written ({error}); pass another root= or set "
-            f"MODLIB_DATA."
+            f"root is {root}, where nothing can be written ({error}); pass another root=, or leave it "
+            f"out and set MODLIB_DATA."
         ) from error
     print(f"{name}: downloading and preparing {folder} (once)")
     with downloads:
@@ -186,16 +191,17 @@ def _fetch(name: str, source: Source, folder: Path, size: int | None) -> None:
         except Unreachable as error:
             raise ConnectionError(
                 f"{name} is not in {folder} and could not be downloaded ({error}); "
-                f"modlib.data.load('digits') works offline; to have {name}, {_how(name, root)}"
+                f"modlib.data.load('digits') works offline; to have {name}, {_how(name, folder)}"
             ) from error
     print(f"{name}: prepared in {folder}")
 
 
-def _how(name: str, root: Path) -> str:
+def _how(name: str, folder: Path) -> str:
     files = ", ".join(f"{part}.npy" for part in PARTS)
+    sized = "" if folder.name == name else f" --size {folder.name[len(name) + 1 : -2]}"
     return (
-        f"run `modlib data {name} --root {root}` where there is a network, or put {files} and "
-        f"classes.json in {root / name}."
+        f"run `modlib data {name}{sized} --root {folder.parent}` where there is a network, or put {files} "
+        f"and classes.json in {folder}."
     )
 
 
@@ -223,8 +229,8 @@ def _check_wishes(classes: Sequence[str] | None, size: int | None) -> None:
         raise TypeError(f"classes is {classes!r}; give a list of names.")
     if classes is not None and (len(classes) == 0 or len(set(classes)) < len(classes)):
         raise ValueError(f"classes is {list(classes)!r}; name each class once, at least one.")
-    if size is not None and size < 1:
-        raise ValueError(f"size is {size}; give a number of pixels.")
+    if size is not None and (not isinstance(size, int) or size < 1):
+        raise ValueError(f"size is {size!r}; give a number of pixels.")
 
 
 def _derived(dataset: Dataset, classes: Sequence[str] | None, size: int | None) -> Dataset:

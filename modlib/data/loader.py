@@ -256,7 +256,9 @@ def _checked_augment(augment: Augment | bool, dataset: Dataset) -> Augment:
     flat = len(dataset.shape) == 1
     if flat and augment.random:
         kind = "vectors" if dataset.is_vector else "tokens"
-        raise ValueError(f"augment is {augment} but {dataset.name} holds {kind}; give False.")
+        raise ValueError(
+            f"augment is {augment} but {dataset.name} holds {kind}; leave augment out."
+        )
     if not flat and augment.mode == "reflect":
         side = min(dataset.shape[1:])
         if augment.pad >= side:
