@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from modlib.memory import SavedBytes
 from modlib.methods import Method, Stage
+from modlib.methods.method import OneBatch
 from modlib.network import ModularNetwork
 
 
@@ -262,21 +263,7 @@ def _second_step(
 
 def _input(stage: Stage, batch: tuple[Tensor, Tensor], seed: int) -> tuple[Tensor, Tensor]:
     """What the stage trains on, given a batch of the network's input: stored features, perhaps."""
-    return next(iter(stage.batches(_One(batch), seed).epoch(seed, 0)))
-
-
-@dataclass(frozen=True)
-class _One:
-    """One batch, as all there is to train on."""
-
-    batch: tuple[Tensor, Tensor]
-    random: bool = False
-
-    def __len__(self) -> int:
-        return 1
-
-    def epoch(self, seed: int, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
-        yield self.batch
+    return next(iter(stage.batches(OneBatch(batch), seed).epoch(seed, 0)))
 
 
 def _change(net: ModularNetwork, start: int) -> None:

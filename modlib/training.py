@@ -7,7 +7,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from numbers import Integral
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +15,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.optim.lr_scheduler import LRScheduler
 from tqdm.auto import tqdm
 
 from modlib import checkpoints
 from modlib.data import Augment, Dataset, Loader, default_augment
 from modlib.data.loader import Split
 from modlib.methods import Method, Stage
-from modlib.methods.method import check_logits
+from modlib.methods.method import Batches, check_logits
 from modlib.network import ModularNetwork, evaluating, in_precision
+from modlib.rehearsal import rehearse
 
 Schedule = Callable[[float], float]
 Row = dict[str, Any]
@@ -41,12 +43,15 @@ class History:
     Attributes:
         rows: one for each epoch: ``stage``, ``epoch`` (within the stage), ``losses`` (the mean of
             each trained module's objective) and ``test_accuracy`` (None until the last module is
-            trained).
+            trained); and ``skipped``, if there were any, the number of batches without the pairs of
+            images that an objective needs.
         seconds: training time of each row; apart, because it is the one thing that never repeats.
+        batch_size: images in each step: what was asked for, or all training images if they are fewer.
     """
 
     rows: list[Row] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list, compare=False)
+    batch_size: int = 0
 
     @property
     def final(self) -> Row:
@@ -69,7 +74,6 @@ class Evaluation:
 class _Settings:
     """Everything that decides the course of a run, and must be the same when it resumes."""
 
-    epochs: tuple[int, ...]
     batch_size: int
     seed: int
     schedule: str
@@ -111,7 +115,10 @@ def fit(
         method: how it is trained.
         data: what it is trained on.
         epochs: of every stage, or a list with one number for each stage.
-        batch_size: images a step; the remainder of an epoch is dropped.
+        batch_size: images a step, all of them if there are fewer; the remainder of an epoch is
+            dropped. For an objective on pairs batches hold two of every class, where they have room
+            and some would have fewer (``data.Loader``, "stratified"); a batch without the pairs that
+            it needs is skipped, and counted in the history.
         device: "auto" takes CUDA, then MPS, then the CPU.
         precision: "float32", "bfloat16", "float16" (with gradient scaling); "auto" takes bfloat16
             where CUDA has it in hardware, float16 on older CUDA devices, else float32.
@@ -120,7 +127,9 @@ def fit(
         schedule: factor on the learning rates: "one-cycle" (up for a fifth of the stage, down to
             0), "cosine", "constant", or a function of progress in [0, 1).
         checkpoint: a file that holds the run's state after every epoch.
-        resume: go on from the checkpoint, if there is one.
+        resume: go on from the checkpoint, if there is one. ``epochs`` may be others than before, as
+            long as what has been trained would have been the same: with the constant schedule a
+            finished run is extended so.
         progress: show a progress bar.
         after_epoch: called with the network, in eval mode, and the epoch's row, to which it may add
             measurements (plain Python numbers, so that a checkpoint can hold them).
@@ -129,9 +138,9 @@ def fit(
         The history; the network is trained in place and left in eval mode.
 
     Raises:
-        ValueError, TypeError: an argument cannot work; nothing has been run or written.
-        FloatingPointError: an objective became infinite or NaN; the checkpoint holds the last good
-            epoch.
+        ValueError, TypeError: an argument cannot work; nothing has been trained or written.
+        FloatingPointError: an objective, a weight or the network's output became infinite or NaN; the
+            checkpoint holds the last good epoch.
     """
     _check_kind("net", net, nn.Module, "modlib.networks.cnn()")
     _check_kind("method", method, Method, "modlib.methods.E2EBP()")
@@ -166,8 +175,7 @@ def fit(
             objective.set_normalisation(data.mean, data.std)
         lengths = _epochs(epochs, len(stages))
         settings = _Settings(
-            lengths,
-            batch_size,
+            loader.batch_size,
             seed,
             schedule if isinstance(schedule, str) else "function",
             precision,
@@ -181,9 +189,10 @@ def fit(
         for stage in stages:
             stage.check(loader)
             _set_precision(stage, precision, device)
-        run = _Run(net, stages, settings, factor, History())
+        run = _Run(net, stages, lengths, settings, factor)
         if checkpoint is not None:
             run.checkpoint = checkpoints.Checkpoint(checkpoint, settings.__dict__, resume)
+        rehearse(net, stages, loader, seed)
         run.train(loader, data, progress, after_epoch)
     net.eval()
     return run.history
@@ -196,12 +205,12 @@ class _Run:
         self,
         net: ModularNetwork,
         stages: list[Stage],
+        epochs: tuple[int, ...],
         settings: _Settings,
         factor: Schedule,
-        history: History,
     ) -> None:
-        self.net, self.stages, self.settings = net, stages, settings
-        self.factor, self.history = factor, history
+        self.net, self.stages, self.epochs, self.settings = net, stages, epochs, settings
+        self.factor, self.history = factor, History(batch_size=settings.batch_size)
         self.checkpoint: checkpoints.Checkpoint | None = None
 
     def train(
@@ -212,56 +221,65 @@ class _Run:
         after_epoch: Callable[[nn.Module, Row], None] | None,
     ) -> None:
         start, first_epoch = self._restore()
-        seed = self.settings.seed
         for number, stage in enumerate(self.stages[start:], start):
-            epochs = self.settings.epochs[number]
             begin = first_epoch if number == start else 0
-            if begin == epochs:
+            if begin == self.epochs[number]:
                 continue
-            batches = stage.batches(loader, seed)
-            total = epochs * len(batches)
-            for epoch in range(begin, epochs):
+            batches = stage.batches(loader, self.settings.seed)
+            for epoch in range(begin, self.epochs[number]):
                 clock = time.perf_counter()
-                stage.train()
-                steps = self._shown(
-                    batches.epoch(seed, epoch), len(batches), number, epoch, progress
-                )
-                losses = torch.zeros(())
-                for step, (x, y) in enumerate(steps, epoch * len(batches)):
-                    self._set_rate(stage, step / total)
-                    losses = losses + stage.step(x, y)
+                losses, skipped = self._epoch(stage, batches, number, epoch, progress)
                 seconds = time.perf_counter() - clock
-                self._finish(number, epoch, losses / len(batches), seconds, data, after_epoch)
+                row = self._row(number, epoch, losses, skipped, data)
+                if after_epoch is not None:
+                    self.net.eval()  # what watches must not change batch norm's statistics
+                    after_epoch(self.net, row)
+                self.history.rows.append(row)
+                self.history.seconds.append(seconds)
+                if self.checkpoint is not None:
+                    self.checkpoint.save(self._state(number, epoch + 1))
 
-    def _finish(
-        self,
-        stage: int,
-        epoch: int,
-        losses: Tensor,
-        seconds: float,
-        data: Dataset,
-        after_epoch: Callable[[nn.Module, Row], None] | None,
-    ) -> None:
-        if not bool(losses.isfinite().all()):
-            raise FloatingPointError(
-                f"Stage {stage}, epoch {epoch}: an objective became {losses.tolist()}; lower the "
-                "learning rate."
+    def _epoch(
+        self, stage: Stage, batches: Batches, number: int, epoch: int, progress: bool
+    ) -> tuple[Tensor, int]:
+        """Train for an epoch: each objective's mean, and how many batches were skipped."""
+        stage.train()
+        steps = batches.epoch(self.settings.seed, epoch)
+        total = self.epochs[number] * len(batches)
+        losses, skipped = torch.zeros(()), 0
+        shown = self._shown(steps, len(batches), number, epoch, progress)
+        for step, (x, y) in enumerate(shown, epoch * len(batches)):
+            if not stage.accepts(y):
+                skipped += 1
+                continue
+            self._set_rate(stage, step / total)
+            losses = losses + stage.step(x, y)
+        if skipped == len(batches):
+            raise ValueError(
+                f"Stage {number}, epoch {epoch}: none of its {skipped} batches has the pairs of images "
+                "that an objective needs; give a larger batch_size."
             )
-        row: Row = {
-            "stage": stage,
-            "epoch": epoch,
-            "losses": losses.tolist(),
-            "test_accuracy": None,
-        }
-        if self.stages[stage].complete:
-            row["test_accuracy"] = evaluate(self.net, data).accuracy
-        if after_epoch is not None:
-            self.net.eval()  # what watches must not change batch norm's statistics
-            after_epoch(self.net, row)
-        self.history.rows.append(row)
-        self.history.seconds.append(seconds)
-        if self.checkpoint is not None:
-            self.checkpoint.save(self._state(stage, epoch + 1))
+        return losses / (len(batches) - skipped), skipped
+
+    def _row(self, number: int, epoch: int, losses: Tensor, skipped: int, data: Dataset) -> Row:
+        """What the history says of an epoch.
+
+        Raises:
+            FloatingPointError: it went wrong.
+        """
+        stage = self.stages[number]
+        wrong = ""
+        if not bool(losses.isfinite().all()):
+            wrong = f"an objective became {losses.tolist()}"
+        elif not _finite(stage):
+            wrong = "weights became infinite or NaN in its last steps"
+        if wrong:
+            raise FloatingPointError(
+                f"Stage {number}, epoch {epoch}: {wrong}; lower the learning rate."
+            )
+        row: Row = {"stage": number, "epoch": epoch, "losses": losses.tolist()}
+        row["test_accuracy"] = evaluate(self.net, data).accuracy if stage.complete else None
+        return row | ({"skipped": skipped} if skipped else {})
 
     def _set_rate(self, stage: Stage, progress: float) -> None:
         factor = self.factor(progress)
@@ -277,7 +295,7 @@ class _Run:
         epoch: int,
         progress: bool,
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        name = f"epoch {epoch + 1}/{self.settings.epochs[stage]}"
+        name = f"epoch {epoch + 1}/{self.epochs[stage]}"
         if len(self.stages) > 1:
             name = f"stage {stage + 1}/{len(self.stages)}, {name}"
         return iter(tqdm(steps, name, total, leave=False, disable=not progress))
@@ -288,6 +306,7 @@ class _Run:
         return {
             "stage": stage,
             "epoch": epoch,
+            "epochs": self.epochs,
             "net": self.net.state_dict(),
             "stage_state": self.stages[stage].state_dict(),
             "rows": self.history.rows,
@@ -308,11 +327,37 @@ class _Run:
                 f"checkpoint: {self.checkpoint.path} holds the weights of another network; build the "
                 "one it was written for, or give another path."
             )
+        self._check_epochs(state["stage"], state["epoch"], state["epochs"])
         checkpoints.fill(self.net, state["net"])
         self.stages[state["stage"]].load_state_dict(state["stage_state"])
-        self.history = History(state["rows"], state["seconds"])
+        self.history = History(state["rows"], state["seconds"], self.settings.batch_size)
         checkpoints.set_random_state(state["random"])
         return state["stage"], state["epoch"]
+
+    def _check_epochs(self, stage: int, epoch: int, before: Sequence[int]) -> None:
+        """Refuse to go on where these epochs would have come to another state than those before."""
+        if self.epochs[:stage] != tuple(before[:stage]) or self.epochs[stage] < epoch:
+            why = (
+                f"stage {stage} has been trained for {epoch} epochs, and earlier ones are finished"
+            )
+        elif epoch and self.epochs[stage] != before[stage] and self.settings.schedule != "constant":
+            why = (
+                f"schedule={self.settings.schedule!r} spreads the learning rates over the epochs, so "
+                "all of them would have been others (with 'constant' a run can be extended)"
+            )
+        else:
+            return
+        assert self.checkpoint is not None
+        raise ValueError(
+            f"epochs={list(self.epochs)}: {self.checkpoint.path} belongs to a run with "
+            f"{list(before)}, and {why}; give those epochs or another path."
+        )
+
+
+def _finite(stage: Stage) -> bool:
+    """Is every number finite that the stage has trained?"""
+    groups = (group["params"] for o in stage.optimizers for group in o.param_groups)
+    return bool(torch.stack([p.isfinite().all() for group in groups for p in group]).all())
 
 
 def evaluate(
@@ -327,6 +372,7 @@ def evaluate(
 
     Raises:
         ValueError: the network gives no logit for each class.
+        FloatingPointError: its loss is infinite or NaN: the network has no accuracy.
 
     >>> import modlib
     >>> digits = modlib.data.load("digits")
@@ -344,6 +390,12 @@ def evaluate(
             check_logits(logits.shape[1:], len(data.classes))
             correct += (logits.argmax(1) == y).sum()
             loss += F.cross_entropy(logits, y, reduction="sum")
+    if not bool(loss.isfinite()):
+        raise FloatingPointError(
+            f"net: its cross-entropy on the {split} images of {data.name!r} is {loss.item()}, as weights "
+            "that have diverged give it; train it anew at a lower learning rate, or go back to a "
+            "checkpoint."
+        )
     return Evaluation(correct.item() / loader.n, loss.item() / loader.n, loader.n)
 
 
@@ -398,14 +450,29 @@ def _set_precision(stage: Stage, precision: str, device: torch.device) -> None:
 
 
 def _schedule(schedule: str | Schedule) -> Schedule:
-    if callable(schedule):
-        return schedule
-    if schedule not in SCHEDULES:
-        raise ValueError(
-            f"schedule={schedule!r}: choose from {', '.join(SCHEDULES)} or give a function of "
-            "progress in [0, 1)."
+    own = (
+        f"choose from {', '.join(SCHEDULES)} or give a function from progress in [0, 1) to a factor, "
+        "such as lambda progress: 1 - progress"
+    )
+    kind = schedule if isinstance(schedule, type) else type(schedule)
+    if issubclass(kind, LRScheduler):
+        raise TypeError(
+            f"schedule: {kind.__name__} is torch's and steps an optimiser that it is given, but fit makes "
+            f"the optimisers; {own}."
         )
-    return SCHEDULES[schedule]
+    if not callable(schedule):
+        if not isinstance(schedule, str) or schedule not in SCHEDULES:
+            raise ValueError(f"schedule={schedule!r:.60}: {own}.")
+        return SCHEDULES[schedule]
+    try:
+        first = schedule(0.0)
+    except Exception as error:
+        raise TypeError(
+            f"schedule={schedule!r:.60} fails at progress 0 ({error}); {own}."
+        ) from error
+    if not isinstance(first, Real):
+        raise TypeError(f"schedule={schedule!r:.60} gives {first!r:.60} at progress 0; {own}.")
+    return schedule
 
 
 def _epochs(epochs: int | Sequence[int], stages: int) -> tuple[int, ...]:

@@ -493,6 +493,35 @@ def test_contradictory_options_are_refused(options: dict[str, Any], message: str
         LocalLearning(**options)
 
 
+# --- steps on a single image ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("norm", [False, True])
+def test_a_batch_of_one_image_trains_or_is_refused_before_work(
+    name: str, norm: bool, digits: Dataset, tmp_path: Path
+) -> None:
+    kernel = "relu" if name == "ProxyObjective" else None
+    net = partition(networks.mlp([64, 12, 12, 10], norm=norm, kernel=kernel, seed=0), 3)
+    if name == "ProxyObjective":
+        net = partition(net, ["layer2", "features"])
+    before = state(net)
+    path = tmp_path / "run.pt"
+    few = digits.subset(n_train=20, n_test=20)
+    options: dict[str, Any] = {"epochs": 1, "batch_size": 1, "progress": False, "checkpoint": path}
+    if not norm and name in ("E2EBP", "DifferenceTargetPropagation"):
+        fit(net, METHODS[name][0](), few, **options)
+        assert all(tensor.isfinite().all() for tensor in net.state_dict().values())
+        return
+    with pytest.raises(
+        ValueError, match=r"^batch_size.*give (batch_size=2 or more|a larger batch_size)"
+    ):
+        fit(net, METHODS[name][0](), few, **options)
+    assert same_state(before, state(net))
+    assert not list(tmp_path.iterdir())
+    fit(net, METHODS[name][0](), few, **(options | {"batch_size": 10}))  # as the sentence says
+
+
 # --- what a network must be -----------------------------------------------------------------------
 
 

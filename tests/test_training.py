@@ -16,9 +16,10 @@ import torch
 from interrupted import CASES, train, train_and_die
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.optim.lr_scheduler import CosineAnnealingLR
 
 import modlib
-from modlib import networks, zoo
+from modlib import networks, training, zoo
 from modlib.checkpoints import Checkpoint
 from modlib.data import Augment, Dataset, Loader
 from modlib.methods import E2EBP, LocalLearning, ProxyObjective, Stage, sgd
@@ -188,14 +189,14 @@ def test_what_is_no_checkpoint_is_refused(content: bytes, digits: Dataset, tmp_p
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"epochs": 2}, r"epochs=\(1,\), not \(2,\)"),
+        ({"epochs": 2}, r"epochs=\[2\]: .* run with \[1\], and schedule='one-cycle' spreads"),
         ({"seed": 5}, "seed=0, not 5"),
         ({"batch_size": 64}, "batch_size=128, not 64"),
         ({"schedule": "cosine"}, "schedule='one-cycle', not 'cosine'"),
         ({"augment": Augment(pad=1)}, "augment="),
         ({"precision": "bfloat16"}, "precision='float32', not 'bfloat16'"),
         ({"channels_last": True}, "channels_last=False, not True"),
-        ({"method": LocalLearning(in_turn=True), "epochs": [1, 1]}, "epochs="),
+        ({"method": LocalLearning(in_turn=True)}, "method=.*in 1 stages.*in 2 stages"),
         ({"method": E2EBP()}, "not 'E2EBP"),
         ({"method": LocalLearning(SupCon(kernel="relu"))}, "objectives=.*AuxiliaryClassifier"),
         ({"method": LocalLearning(optimizer=sgd(0.3))}, "optimizers=.*'lr': 0.3"),
@@ -230,6 +231,59 @@ def test_resuming_needs_a_checkpoint(digits: Dataset, tmp_path: Path) -> None:
     )
     assert len(history.rows) == 1
     assert (tmp_path / "a" / "new.pt").exists()
+
+
+# --- a finished run goes on -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("learner", "first", "then"),
+    [
+        (E2EBP, 1, 3),
+        (E2EBP, 3, 3),
+        (partial(LocalLearning, in_turn=True), [1, 1], [1, 3]),
+    ],
+)
+def test_a_finished_run_is_extended(
+    learner: Callable[[], Any], first: Any, then: Any, digits: Dataset, tmp_path: Path
+) -> None:
+    """Bit for bit as in one go: with the constant schedule epochs do not depend on their number."""
+    run = partial(quiet_fit, data=digits, schedule="constant")
+    whole, parts = small_net(), small_net()
+    expected = run(whole, learner(), epochs=then)
+    resumed = partial(run, method=learner(), checkpoint=tmp_path / "run.pt", resume=True)
+    resumed(parts, epochs=first)
+    again = small_net(seed=1)
+    assert resumed(again, epochs=then) == expected
+    assert states_equal(again, whole)
+
+
+def test_stages_that_have_not_begun_may_change(digits: Dataset, tmp_path: Path) -> None:
+    """Whatever the schedule: the stage that was trained is as it would have been."""
+
+    def interrupt(_: nn.Module, row: dict[str, Any]) -> None:
+        raise KeyboardInterrupt
+
+    run = partial(quiet_fit, method=LocalLearning(in_turn=True), data=digits)
+    resumed = partial(run, checkpoint=tmp_path / "run.pt", resume=True)
+    with pytest.raises(KeyboardInterrupt):
+        resumed(small_net(), epochs=[1, 1], after_epoch=interrupt)
+    assert resumed(small_net(), epochs=[2, 1]) == run(small_net(), epochs=[2, 1])
+    with pytest.raises(
+        ValueError, match=r"stage 1 has been trained for 1 epochs, and earlier ones"
+    ):
+        resumed(small_net(), epochs=[1, 1])
+
+
+@pytest.mark.parametrize("schedule", ["one-cycle", "cosine", lambda progress: 1.0])
+def test_what_extending_a_run_would_change_is_said(
+    schedule: Any, digits: Dataset, tmp_path: Path
+) -> None:
+    path = tmp_path / "run.pt"
+    quiet_fit(small_net(), E2EBP(), digits, epochs=1, schedule=schedule, checkpoint=path)
+    message = r"epochs=\[2\]: .* with \[1\], and schedule=.* spreads the learning rates over the"
+    options = {"epochs": 2, "schedule": schedule, "resume": True}
+    refused(path, message, small_net(), E2EBP(), digits, **options)
 
 
 # --- reproducibility ------------------------------------------------------------------------------
@@ -356,7 +410,10 @@ def test_learning_rates_follow_the_schedule_in_every_stage(
     step = Stage.step
 
     def watched(stage: Stage, x: Tensor, y: Tensor) -> Tensor:
-        rates.extend(group["lr"] for o in stage.optimizers for group in o.param_groups)
+        optimizers = [o for o in stage.optimizers if isinstance(o, torch.optim.Optimizer)]
+        rates.extend(
+            group["lr"] for o in optimizers for group in o.param_groups
+        )  # not in rehearsal
         return step(stage, x, y)
 
     monkeypatch.setattr(Stage, "step", watched)
@@ -469,6 +526,131 @@ def test_any_module_counts_as_one(digits: Dataset) -> None:
     assert not net.training
 
 
+@pytest.mark.parametrize("cached", [False, True])
+def test_fewer_images_than_a_batch_just_work(cached: bool, digits: Dataset) -> None:
+    """One batch of all of them, which the history tells."""
+    few = digits.subset(n_train=120, n_test=50)
+    learner = ProxyObjective(SupCon(kernel="relu"), cache_features=cached)
+    histories = [quiet_fit(tiny_net(), learner, few, epochs=2, batch_size=b) for b in (128, 120)]
+    assert histories[0] == histories[1]
+    assert [history.batch_size for history in histories] == [120, 120]
+    assert quiet_fit(tiny_net(), learner, few, epochs=1, batch_size=50).batch_size == 50
+
+
+# --- classes that are rare ------------------------------------------------------------------------
+
+
+def imbalanced(positives: int = 25, n: int = 500) -> Dataset:
+    """Two blobs, of which one is rare."""
+    rng = np.random.default_rng(0)
+    labels = (np.arange(n) < positives).astype(np.int64)
+    images = (rng.normal(size=(n, 4)) + 2 * labels[:, None]).astype(np.float32)
+    return Dataset("blobs", images, labels, images, labels, ("common", "rare"))
+
+
+def blob_net(seed: int) -> ModularNetwork:
+    return partition(networks.mlp([4, 16, 2], kernel="relu", seed=seed), ["features"])
+
+
+@pytest.mark.parametrize("cached", [False, True])
+@pytest.mark.parametrize("seed", range(5))
+def test_rare_classes_come_in_pairs(
+    seed: int, cached: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """5 % positives and batches of 16: five of five runs used to end at a batch without a pair."""
+    positives: list[int] = []
+    step = Stage.step
+
+    def watched(stage: Stage, x: Tensor, y: Tensor) -> Tensor:
+        if stage.pairs and isinstance(stage.optimizers[0], torch.optim.Optimizer):
+            positives.append(int(y.sum()))
+        return step(stage, x, y)
+
+    monkeypatch.setattr(Stage, "step", watched)
+    learner = ProxyObjective(SupCon(kernel="relu"), cache_features=cached)
+    net = partition(networks.mlp([4, 16, 16, 2], kernel="relu", seed=seed), ["layer2", "features"])
+    history = quiet_fit(net, learner, imbalanced(), epochs=2, batch_size=16, seed=seed)
+    assert set(positives) == {2}
+    assert len(positives) == 2 * 2 * 31
+    assert not any("skipped" in row for row in history.rows)
+    assert history.final["test_accuracy"] > 0.95
+
+
+def test_batches_without_pairs_are_skipped_and_counted(digits: Dataset) -> None:
+    """Batches of 3 have no room for two of each class; those of one class teach nothing."""
+    data = imbalanced(positives=250, n=510)
+    history = quiet_fit(
+        blob_net(0), ProxyObjective(SupCon(kernel="relu")), data, epochs=1, batch_size=3
+    )
+    labels = [y for _, y in Loader(data, batch_size=3).epoch(0, 0)]
+    alone = sum(len(set(y.tolist())) == 1 for y in labels)
+    assert [row.get("skipped") for row in history.rows] == [alone, None]  # the head takes them all
+    assert 0 < alone < len(labels)
+
+
+def test_data_without_any_pair_are_refused_before_training(digits: Dataset) -> None:
+    learner = ProxyObjective(SupCon(kernel="relu"))
+    with pytest.raises(ValueError, match=r"batch_size: no batch .* SupCon needs; give a larger"):
+        quiet_fit(tiny_net(), learner, digits, batch_size=1)
+    one_class = replace(digits, train_labels=np.zeros_like(digits.train_labels))
+    with pytest.raises(ValueError, match="or data of two classes or more"):
+        quiet_fit(tiny_net(), learner, one_class)
+
+
+def test_balanced_classes_are_dealt_out_as_ever(digits: Dataset) -> None:
+    loader = Loader(digits, batch_size=64)
+    assert loader.paired().sampler == "uniform"
+
+
+# --- rehearsal ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_rehearsal_leaves_no_trace(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows, net = train(case)
+    monkeypatch.setattr(training, "rehearse", lambda *_: None)
+    expected, other = train(case)
+    assert rows == expected
+    assert states_equal(net, other)
+
+
+class Wrong(Objective):
+    """An objective that returns something else than a scalar."""
+
+    def __init__(self, returned: Callable[[Tensor], Any]) -> None:
+        super().__init__()
+        self.returned = returned
+
+    def forward(self, h: Tensor, y: Tensor) -> Any:
+        return self.returned(F.cross_entropy(h, y, reduction="none"))
+
+
+@pytest.mark.parametrize(
+    ("returned", "message"),
+    [
+        (lambda losses: losses, r"Wrong returned shape \(128,\), but a scalar tensor is minimised"),
+        (lambda losses: losses.mean().detach(), "Wrong returned a value without a gradient"),
+        (lambda losses: losses.mean().item(), r"Wrong returned \d.* but a scalar tensor"),
+        (lambda losses: None, "Wrong returned None, but a scalar tensor"),
+    ],
+)
+@pytest.mark.parametrize("last", [True, False])
+def test_what_an_objective_may_return_is_told_before_any_training(
+    returned: Callable[[Tensor], Any], message: str, last: bool, digits: Dataset, tmp_path: Path
+) -> None:
+    """Of the last stage's objective too, before the first stage has been trained."""
+    net = partition(networks.cnn((4, 8), channels=1, size=8, stride=1, kernel="relu", seed=0), 2)
+    before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+    learner = (
+        LocalLearning(in_turn=True, output=Wrong(returned)) if last else E2EBP(Wrong(returned))
+    )
+    with pytest.raises((TypeError, ValueError), match=f"objective: {message}"):
+        quiet_fit(net, learner, digits, checkpoint=tmp_path / "run.pt")
+    assert all(torch.equal(before[name], tensor) for name, tensor in net.state_dict().items())
+    assert all(p.grad is None for p in net.parameters())
+    assert not list(tmp_path.iterdir())
+
+
 # --- evaluation -----------------------------------------------------------------------------------
 
 
@@ -519,6 +701,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"device": "gpu"}, "device='gpu' cannot be used here"),
     ({"precision": "half"}, "precision='half': choose from auto, float32"),
     ({"schedule": "linear"}, "schedule='linear': choose from constant, one-cycle, cosine"),
+    ({"schedule": [1.0]}, r"schedule=\[1.0\]: choose from"),
     ({"augment": "flip"}, "augment='flip': give 'auto', None or a data.Augment"),
     ({"augment": Augment(pad=9)}, "reflect fewer than 8"),
 ]
@@ -543,6 +726,16 @@ def test_wrong_arguments_are_refused(
         ({"method": E2EBP}, r"method: the class E2EBP is no Method; give one, such as .*E2EBP\(\)"),
         ({"data": "digits"}, r"data: 'digits' is no Dataset; give one, such as modlib.data.load"),
         ({"after_epoch": 3}, "after_epoch=3: give a function"),
+        (
+            {"schedule": CosineAnnealingLR},
+            "schedule: CosineAnnealingLR is torch's and steps an opt",
+        ),
+        (
+            {"schedule": CosineAnnealingLR(torch.optim.SGD([torch.zeros(1)], 0.1), 10)},
+            "schedule: CosineAnnealingLR is torch's .* choose from constant, one-cycle, cosine or",
+        ),
+        ({"schedule": lambda: 1.0}, "schedule=<function .* fails at progress 0"),
+        ({"schedule": lambda progress: None}, "schedule=<function .* gives None at progress 0"),
         ({"method": E2EBP(optimizer=3)}, "optimizer=3 makes no optimiser"),  # type: ignore[arg-type]
     ],
 )
@@ -594,6 +787,41 @@ def test_an_objective_that_becomes_nan_ends_the_run(digits: Dataset, tmp_path: P
     state = torch.load(path, weights_only=True)
     assert len(state["rows"]) == 1
     assert all(tensor.isfinite().all() for tensor in state["net"].values())
+
+
+@pytest.mark.parametrize(
+    "learner",
+    [E2EBP, LocalLearning, partial(LocalLearning, in_turn=True)],
+)
+def test_weights_that_blow_up_in_the_last_step_end_the_run(
+    learner: Callable[..., Any], digits: Dataset, tmp_path: Path
+) -> None:
+    """The objectives are computed before each step: those of the epoch are all finite."""
+    path, net = tmp_path / "run.pt", small_net()
+
+    def schedule(progress: float) -> float:
+        return 1.0 if progress < 7 / 8 else float("inf")  # the last of two epochs' eight steps
+
+    run = partial(quiet_fit, net, learner(), digits, epochs=2, schedule=schedule)
+    with pytest.raises(
+        FloatingPointError, match="epoch 1: weights became infinite or NaN in its last"
+    ):
+        run(checkpoint=path)
+    state = torch.load(path, weights_only=True)
+    assert len(state["rows"]) == 1
+    assert all(tensor.isfinite().all() for tensor in state["net"].values())
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), 1e30])
+def test_a_network_that_has_diverged_has_no_accuracy(number: float, digits: Dataset) -> None:
+    net = small_net()
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.mul_(number)
+    with pytest.raises(
+        FloatingPointError, match="net: its cross-entropy on the test images of 'digits'"
+    ):
+        evaluate(net, digits)
 
 
 def test_devices() -> None:

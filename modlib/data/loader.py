@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from modlib.data.augment import PLAIN, Augment, Windows, cutout_mask, default_augment
 from modlib.data.dataset import Array, Dataset, take
-from modlib.data.stratified import check_batch, stratified_batches
+from modlib.data.stratified import check_batch, lonely, stratified_batches
 
 Batch = tuple[Tensor, Tensor]
 Split = Literal["train", "test"]
@@ -144,6 +145,18 @@ class Loader:
         zero = np.zeros(n, np.int64)
         starts = windows.starts(np.arange(n), zero, zero, zero)
         return self._finish(windows.crops(starts)), self._on_device(self._labels[index])
+
+    def paired(self) -> Loader:
+        """The same images; sampled "stratified" if a class would have fewer than two in a mean batch.
+
+        >>> from modlib.data import load
+        >>> Loader(load("digits")).paired().sampler
+        'uniform'
+        """
+        other = copy.copy(self)  # the images are held once
+        if lonely(self._labels, self.batch_size):
+            other.sampler = self._checked_sampler("stratified")
+        return other
 
     def _order(self, rng: np.random.Generator) -> Array:
         if self.sampler == "stratified":

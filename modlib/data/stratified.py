@@ -56,6 +56,18 @@ def smallest_batch(labels: Labels) -> int:
     return max(1, 2 * int((np.bincount(labels) >= 2).sum()))
 
 
+def lonely(labels: Labels, batch_size: int) -> bool:
+    """Has a class fewer than two images in a mean batch, where there would be room for two of each?
+
+    >>> labels = np.array([0] * 95 + [1] * 5)
+    >>> [lonely(labels, size) for size in (3, 4, 39, 40)]
+    [False, True, True, False]
+    """
+    counts = np.bincount(labels)
+    least = int(counts[counts >= 2].min(initial=len(labels)))
+    return smallest_batch(labels) <= batch_size and least * batch_size < 2 * len(labels)
+
+
 def check_batch(labels: Labels, batch_size: int) -> None:
     """Refuse a ``batch_size`` that ``stratified_batches`` cannot fill."""
     least = smallest_batch(labels)

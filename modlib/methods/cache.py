@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from modlib.data.stratified import lonely, stratified_batches
 from modlib.methods.method import Batches, Stage
 
 
@@ -37,11 +39,12 @@ class CachingStage(Stage):
     def batches(self, batches: Batches, seed: int) -> Batches:
         """Features in place of inputs."""
         if not self.frozen:
-            return batches
+            return super().batches(batches, seed)
         frozen, self.frozen = self.frozen, []
         for module in frozen:
             module.eval()
-        return CachedFeatures(self._run(frozen, batches, seed), len(batches))
+        features = CachedFeatures(self._run(frozen, batches, seed), len(batches))
+        return super().batches(features, seed)
 
     @torch.no_grad()
     def _run(self, frozen: list[Any], batches: Batches, seed: int) -> list[tuple[Tensor, Tensor]]:
@@ -64,18 +67,38 @@ class CachingStage(Stage):
 
 
 class CachedFeatures:
-    """Stored features as batches, in an order fixed by (seed, epoch)."""
+    """Stored features as batches, in an order fixed by (seed, epoch).
 
-    def __init__(self, views: list[tuple[Tensor, Tensor]], batches: int) -> None:
-        self.views, self._batches = views, batches
+    Args:
+        views: each the features and labels of the images.
+        batches: in an epoch.
+        pairs: fill batches so that no class is alone, as ``Loader.paired`` does.
+    """
+
+    def __init__(
+        self, views: list[tuple[Tensor, Tensor]], batches: int, pairs: bool = False
+    ) -> None:
+        self.views, self._batches, self._pairs = views, batches, pairs
         self.random = len(views) > 1
 
     def __len__(self) -> int:
         return self._batches
 
+    def paired(self) -> CachedFeatures:
+        """The same features, so that batches hold pairs of every class."""
+        return CachedFeatures(self.views, self._batches, pairs=True)
+
     def epoch(self, seed: int, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
         features, labels = self.views[epoch % len(self.views)]
+        for part in self._parts(labels, seed, epoch):
+            yield features[part], labels[part]
+
+    def _parts(self, labels: Tensor, seed: int, epoch: int) -> Iterable[Tensor]:
+        """The positions of each batch."""
+        on_cpu, size = labels.cpu().numpy(), len(labels) // self._batches
+        if self._pairs and lonely(on_cpu, size):
+            rows = stratified_batches(on_cpu, size, np.random.default_rng((seed, epoch)))
+            return torch.from_numpy(rows).to(labels.device)
         generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
         order = torch.randperm(len(labels), generator=generator).to(labels.device)
-        for part in order.tensor_split(self._batches):
-            yield features[part], labels[part]
+        return order.tensor_split(self._batches)

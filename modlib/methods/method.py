@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
 
@@ -49,6 +50,24 @@ class Batches(Protocol):
     def random(self) -> bool: ...
     def __len__(self) -> int: ...
     def epoch(self, seed: int, epoch: int) -> Iterator[tuple[Tensor, Tensor]]: ...
+    def paired(self) -> Batches: ...  # the same images, so that batches hold pairs of every class
+
+
+@dataclass(frozen=True)
+class OneBatch:
+    """One batch, as all there is to train on."""
+
+    batch: tuple[Tensor, Tensor]
+    random: bool = False
+
+    def __len__(self) -> int:
+        return 1
+
+    def epoch(self, seed: int, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+        yield self.batch
+
+    def paired(self) -> OneBatch:
+        return self
 
 
 class Stage:
@@ -109,7 +128,7 @@ class Stage:
         ):
             with self.autocast():
                 h = module(h.detach())  # the boundary: no gradient passes it
-                loss = objective.local(h, y, x)
+                loss = checked_value(objective, objective.local(h, y, x))
             update(loss, optimizer, scaler)
             losses.append(loss.detach())
         return torch.stack(losses)
@@ -121,12 +140,21 @@ class Stage:
             x = module(x)
         return x
 
+    @property
+    def pairs(self) -> bool:
+        """Does an objective compare images of the same class with images of others?"""
+        return any(objective.pairs for objective in self.objectives)
+
+    def accepts(self, y: Tensor) -> bool:
+        """Can every objective be computed on a batch with these labels (N,)? If not, it is skipped."""
+        return all(objective.accepts(y) for objective in self.objectives)
+
     def check(self, batches: Batches) -> None:
         """Refuse what this stage cannot train on; called before anything is trained."""
 
     def batches(self, batches: Batches, seed: int) -> Batches:
         """What to train on, given batches of the network's input; a stage may cache features."""
-        return batches
+        return batches.paired() if self.pairs else batches
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that resuming needs beside the network's own weights."""
@@ -140,6 +168,28 @@ class Stage:
         for name in ("objectives", "optimizers", "scalers"):
             for part, saved in zip(getattr(self, name), state[name], strict=True):
                 part.load_state_dict(saved)
+
+
+def checked_value(objective: Objective, value: Tensor) -> Tensor:
+    """What an objective returned, if it can be minimised.
+
+    Raises:
+        TypeError: it is no scalar tensor.
+        ValueError: it has no gradient.
+    """
+    name = type(objective).__name__
+    if not isinstance(value, Tensor) or value.dim():
+        what = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else _shown(value)
+        raise TypeError(
+            f"objective: {name} returned {what}, but a scalar tensor is minimised; return one, such as "
+            "the mean over the batch, losses.mean()."
+        )
+    if not value.requires_grad:
+        raise ValueError(
+            f"objective: {name} returned a value without a gradient; compute it from h by torch's "
+            "functions, without .item(), .detach() or torch.no_grad()."
+        )
+    return value
 
 
 def update(loss: Tensor, optimizer: Optimizer, scaler: torch.amp.GradScaler) -> None:

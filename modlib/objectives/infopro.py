@@ -84,6 +84,13 @@ class InfoPro(Objective):
         self.decoder: nn.Module | None = None
         self.head: nn.Module | None = None
 
+    @property
+    def pairs(self) -> bool:
+        return self.form == "contrast" and self.label > 0
+
+    def accepts(self, y: Tensor) -> bool:
+        return not self.pairs or SupCon().accepts(y)
+
     def for_module(self, shape: Sequence[int], classes: int) -> Self:
         if len(shape) != 3:
             raise ValueError(

@@ -17,6 +17,18 @@ class Objective(nn.Module):
     afterwards.
     """
 
+    @property
+    def pairs(self) -> bool:
+        """Does it compare images of the same class with images of others?
+
+        ``modlib.fit`` then fills batches so that no class is alone in them, where there is room.
+        """
+        return False
+
+    def accepts(self, y: Tensor) -> bool:
+        """Can it be computed on a batch with these labels (N,)? ``modlib.fit`` skips the others."""
+        return True
+
     def for_module(self, shape: Sequence[int], classes: int) -> Self:
         """This objective made ready for one module; methods call it once for each.
 

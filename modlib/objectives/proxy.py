@@ -68,9 +68,21 @@ class ProxyLoss(Objective):
         return super().for_module(shape, classes)
 
     def forward(self, h: Tensor, y: Tensor) -> Tensor:
-        same = _same(h, y, positives=not (self.negatives_only or self.diagonal) or self.balanced)
+        same = _same(h, y, self._positives)
         with torch.autocast(h.device.type, enabled=False):  # values near 1 need all their digits
             return self.loss(self.kernel.gram(h), same)
+
+    @property
+    def pairs(self) -> bool:
+        return True
+
+    @property
+    def _positives(self) -> bool:
+        """Is a pair of different images of the same class needed?"""
+        return not (self.negatives_only or self.diagonal) or self.balanced
+
+    def accepts(self, y: Tensor) -> bool:
+        return not _lacks(y[:, None] == y[None, :], self._positives)
 
     def loss(self, gram: Tensor, same: Tensor) -> Tensor:
         """The objective from a Gram matrix (B, B) and the mask (B, B) of equal labels."""
@@ -259,18 +271,25 @@ class SupCon(ProxyLoss):
 def _same(h: Tensor, y: Tensor, positives: bool) -> Tensor:
     """Mask (B, B) of equal labels, after checking that the batch has the pairs that are needed."""
     same = y if _is_mask(y, len(h)) else _equal_labels(y, len(h))
+    if lack := _lacks(same, positives):
+        raise ValueError(lack)
+    return same
+
+
+def _lacks(same: Tensor, positives: bool) -> str:
+    """What is missing in a batch with these equal labels (B, B), in a sentence; "" if nothing is."""
     n, equal = len(same), int(same.sum())
     if equal == n * n:
-        raise ValueError(
+        return (
             f"y: all {n} labels of the batch are of one class, so it has no different-class "
             "pair; use larger or shuffled batches."
         )
     if positives and equal == n:
-        raise ValueError(
+        return (
             f"y: the {n} labels of the batch are all different, so it has no same-class pair; "
             "use larger batches."
         )
-    return same
+    return ""
 
 
 def _is_mask(y: Tensor, n: int) -> bool:

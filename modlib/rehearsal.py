@@ -1,0 +1,92 @@
+"""One step of each stage before the first one, in which nothing moves: what cannot be trained says so now."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from modlib.methods import Stage
+from modlib.methods.method import Batches, OneBatch
+
+
+def rehearse(net: nn.Module, stages: Sequence[Stage], batches: Batches, seed: int) -> None:
+    """Take a step of each stage on real images, forward and backward, and leave all as it was.
+
+    Args:
+        net: what the stages train, on its device.
+        stages: of one run.
+        batches: of the network's input.
+        seed: of the run.
+
+    Raises:
+        ValueError: no batch has the pairs that an objective needs, or a step needs more images than one.
+        TypeError, ValueError: whatever else a step raises.
+    """
+    for stage in stages:
+        with _unmoved(net, stage):
+            _step(stage, batches, seed)
+
+
+def _step(stage: Stage, batches: Batches, seed: int) -> None:
+    stage = copy.copy(stage)  # its lists are exchanged, not changed
+    stage.optimizers = [cast(Optimizer, _Still(optimizer)) for optimizer in stage.optimizers]
+    stage.scalers = [torch.amp.GradScaler(enabled=False) for _ in stage.optimizers]
+    inputs = (batches.paired() if stage.pairs else batches).epoch(seed, 0)
+    batch = next((batch for batch in inputs if stage.accepts(batch[1])), None)
+    if batch is None:
+        names = ", ".join(dict.fromkeys(type(o).__name__ for o in stage.objectives if o.pairs))
+        raise ValueError(
+            f"batch_size: no batch of an epoch has the pairs of images of the same and of different "
+            f"classes that {names} needs; give a larger batch_size, or data of two classes or more."
+        )
+    stage.train()
+    x, y = next(stage.batches(OneBatch(batch), seed).epoch(seed, 0))
+    try:
+        stage.step(x, y)
+    except ValueError as error:
+        if len(batch[1]) > 1:
+            raise
+        raise ValueError(
+            "batch_size=1: a step on a single image cannot be taken "
+            f"({str(error).splitlines()[0].rstrip('.')}); give batch_size=2 or more."
+        ) from error
+
+
+class _Still:
+    """In an optimiser's place: gradients are computed, and nothing moves."""
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self.param_groups = optimizer.param_groups
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                parameter.grad = None
+
+    def step(self, *_: Any, **__: Any) -> None:
+        pass
+
+
+@contextmanager
+def _unmoved(net: nn.Module, stage: Stage) -> Iterator[None]:
+    """What a forward and a backward pass change is put back: modes, statistics, gradients, randomness."""
+    parts = [part for whole in (net, *stage.objectives) for part in whole.modules()]
+    modes = [(part, part.training) for part in parts]
+    kept = [(b, b.clone()) for whole in (net, *stage.objectives) for b in whole.buffers()]
+    device = next(net.parameters()).device
+    try:
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            yield
+    finally:
+        for part, mode in modes:
+            part.training = mode
+        for buffer, before in kept:
+            buffer.data.copy_(before)
+        for optimizer in stage.optimizers:
+            optimizer.zero_grad(set_to_none=True)
