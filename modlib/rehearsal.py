@@ -8,11 +8,11 @@ from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from modlib.methods import Stage
-from modlib.methods.method import Batches, OneBatch
+from modlib.methods.method import Batches, OneBatch, shown
 
 
 def rehearse(net: nn.Module, stages: Sequence[Stage], batches: Batches, seed: int) -> None:
@@ -36,7 +36,7 @@ def rehearse(net: nn.Module, stages: Sequence[Stage], batches: Batches, seed: in
 def _step(stage: Stage, batches: Batches, seed: int) -> None:
     stage = copy.copy(stage)  # its lists are exchanged, not changed
     stage.optimizers = [cast(Optimizer, _Still(optimizer)) for optimizer in stage.optimizers]
-    stage.scalers = [torch.amp.GradScaler(enabled=False) for _ in stage.optimizers]
+    stage.scalers = [cast(torch.amp.GradScaler, _Prompter()) for _ in stage.optimizers]
     inputs = (batches.paired() if stage.pairs else batches).epoch(seed, 0)
     batch = next((batch for batch in inputs if stage.accepts(batch[1])), None)
     if batch is None:
@@ -70,6 +70,30 @@ class _Still:
                 parameter.grad = None
 
     def step(self, *_: Any, **__: Any) -> None:
+        pass
+
+
+class _Prompter:
+    """In a gradient scaler's place: looks at what an objective returned before it is used."""
+
+    def scale(self, loss: Tensor) -> Tensor:
+        if not isinstance(loss, Tensor) or loss.dim():
+            what = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else shown(loss)
+            raise TypeError(
+                f"objective: it returned {what}, but a scalar tensor is minimised; return one, such as "
+                "the mean over the batch, losses.mean()."
+            )
+        if not loss.requires_grad:
+            raise ValueError(
+                "objective: it returned a value without a gradient; compute it from h by torch's "
+                "functions, without .item(), .detach() or torch.no_grad()."
+            )
+        return loss
+
+    def step(self, optimizer: Optimizer) -> None:
+        optimizer.step()
+
+    def update(self) -> None:
         pass
 
 

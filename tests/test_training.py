@@ -628,10 +628,10 @@ class Wrong(Objective):
 @pytest.mark.parametrize(
     ("returned", "message"),
     [
-        (lambda losses: losses, r"Wrong returned shape \(128,\), but a scalar tensor is minimised"),
-        (lambda losses: losses.mean().detach(), "Wrong returned a value without a gradient"),
-        (lambda losses: losses.mean().item(), r"Wrong returned \d.* but a scalar tensor"),
-        (lambda losses: None, "Wrong returned None, but a scalar tensor"),
+        (lambda losses: losses, r"it returned shape \(128,\), but a scalar tensor is minimised"),
+        (lambda losses: losses.mean().detach(), "it returned a value without a gradient"),
+        (lambda losses: losses.mean().item(), r"it returned \d.* but a scalar tensor"),
+        (lambda losses: None, "it returned None, but a scalar tensor"),
     ],
 )
 @pytest.mark.parametrize("last", [True, False])

@@ -128,7 +128,7 @@ class Stage:
         ):
             with self.autocast():
                 h = module(h.detach())  # the boundary: no gradient passes it
-                loss = checked_value(objective, objective.local(h, y, x))
+                loss = objective.local(h, y, x)
             update(loss, optimizer, scaler)
             losses.append(loss.detach())
         return torch.stack(losses)
@@ -170,28 +170,6 @@ class Stage:
                 part.load_state_dict(saved)
 
 
-def checked_value(objective: Objective, value: Tensor) -> Tensor:
-    """What an objective returned, if it can be minimised.
-
-    Raises:
-        TypeError: it is no scalar tensor.
-        ValueError: it has no gradient.
-    """
-    name = type(objective).__name__
-    if not isinstance(value, Tensor) or value.dim():
-        what = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else _shown(value)
-        raise TypeError(
-            f"objective: {name} returned {what}, but a scalar tensor is minimised; return one, such as "
-            "the mean over the batch, losses.mean()."
-        )
-    if not value.requires_grad:
-        raise ValueError(
-            f"objective: {name} returned a value without a gradient; compute it from h by torch's "
-            "functions, without .item(), .detach() or torch.no_grad()."
-        )
-    return value
-
-
 def update(loss: Tensor, optimizer: Optimizer, scaler: torch.amp.GradScaler) -> None:
     """One step of an optimiser down the gradient of a loss."""
     optimizer.zero_grad(set_to_none=True)
@@ -208,7 +186,7 @@ def checked(name: str, objective: Objective) -> Objective:
     """
     if not isinstance(objective, Objective):
         raise TypeError(
-            f"{name}={_shown(objective)} is no Objective; give one, such as "
+            f"{name}={shown(objective)} is no Objective; give one, such as "
             "modlib.objectives.CrossEntropy(), or one of a class of your own, a subclass of "
             "modlib.objectives.Objective whose forward(self, h, y) returns the scalar to minimise."
         )
@@ -296,12 +274,12 @@ def made(name: str, make: MakeOptimizer, parameters: Iterable[nn.Parameter]) -> 
     optimizer = make(parameters) if callable(make) else None
     if not isinstance(optimizer, Optimizer):
         raise TypeError(
-            f"{name}={_shown(make)} makes no optimiser; give a function of the parameters, such as "
+            f"{name}={shown(make)} makes no optimiser; give a function of the parameters, such as "
             "modlib.methods.sgd(0.1) or functools.partial(torch.optim.AdamW, lr=0.001)."
         )
     return optimizer
 
 
-def _shown(value: object) -> str:
+def shown(value: object) -> str:
     """The beginning of a value's repr, on one line."""
     return f"{' '.join(repr(value).split()):.60}"
