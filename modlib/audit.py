@@ -1,7 +1,7 @@
 """Measure what a method needs: the survey's taxonomy as an instrument, not a declaration.
 
 The audit copies the network and the method's stages, runs real steps on a batch, and watches: which
-module runs when, which parameters a backward pass reaches, when parameters change, what autograd
+module runs when, how far back each error's gradient goes, when parameters change, what autograd
 holds and what crosses a boundary. It takes the same step again with class names exchanged, and with
 other weights in the later modules: what comes out the same does not depend on them. The category follows
 from what was seen.
@@ -43,7 +43,9 @@ class StageAudit:
         forward_bytes: for each boundary k, bytes of module k's output that module k + 1 took in.
         backward_bytes: for each boundary, bytes of gradient that came back through it. Targets that
             a method sends down by other means are not counted: ``told`` shows them.
-        crossed: boundaries k through which a gradient went from module k + 1 into module k.
+        ways: how far back the gradient of one error went: (2, 0) is from module 2 through module 1
+            into module 0, without a break and in one backward pass; (2, 2) stayed in module 2.
+            Only the longest ways are listed, so two ways that overlap are two errors.
         told: updated modules whose update depends on the weights of a later module.
         labels: for each module, what its update depends on: "classes", "pairs" (same or different),
             "none", or "-" when it is not updated.
@@ -54,9 +56,14 @@ class StageAudit:
     saved_bytes: int
     forward_bytes: tuple[int, ...]
     backward_bytes: tuple[int, ...]
-    crossed: tuple[int, ...]
+    ways: tuple[tuple[int, int], ...]
     told: tuple[int, ...]
     labels: tuple[str, ...]
+
+    @property
+    def crossed(self) -> tuple[int, ...]:
+        """The boundaries k through which a gradient went from module k + 1 into module k."""
+        return tuple(sorted({k for top, bottom in self.ways for k in range(bottom, top)}))
 
     def reached(self) -> list[set[int]]:
         """For each backward pass, the modules whose parameters got a gradient from it."""
@@ -78,27 +85,26 @@ class Audit:
     Attributes:
         method: its name.
         modules: K.
+        first: the first module with parameters that ask for a gradient; 0 unless it was frozen.
         stages: what one step of each stage did.
     """
 
     method: str
     modules: int
+    first: int
     stages: tuple[StageAudit, ...] = field(repr=False)
 
     @property
     def end_to_end_forward(self) -> bool:
-        """Does some step that updates a hidden module run the whole network?"""
-        last = self.modules - 1
-        return any(
-            len(stage.ran()) == self.modules
-            and (min(stage.updated, default=last) < last or last == 0)
-            for stage in self.stages
+        """Does a step that updates a module run a later one? (An end-to-end backward pass always does.)"""
+        return self.end_to_end_backward or any(
+            stage.updated and min(stage.updated) < max(stage.ran()) for stage in self.stages
         )
 
     @property
     def end_to_end_backward(self) -> bool:
-        """Does a gradient cross every boundary in the same step?"""
-        return any(len(s.crossed) == self.modules - 1 and s.updated for s in self.stages)
+        """Does one error's gradient go back from the last module to the first that can be trained?"""
+        return any((self.modules - 1, self.first) in stage.ways for stage in self.stages)
 
     @property
     def isolated(self) -> bool:
@@ -134,11 +140,22 @@ class Audit:
     @property
     def labels(self) -> tuple[str, ...]:
         """What each module's update depends on: "classes", "pairs" or "none"."""
-        seen = ["-"] * self.modules
-        for stage in self.stages:
-            for k in stage.updated:
-                seen[k] = stage.labels[k]
-        return tuple(seen)
+        return self._by_module(lambda stage, k: stage.labels[k])
+
+    @property
+    def later(self) -> tuple[str, ...]:
+        """Does each module's update depend on the weights of a later one: "yes", "no" or "-"?"""
+        return self._by_module(lambda stage, k: _yes(k in stage.told))
+
+    @property
+    def earlier(self) -> tuple[str, ...]:
+        """Do earlier modules run in the step that updates each module: "yes", "no" or "-"?"""
+        return self._by_module(lambda stage, k: _yes(min(stage.ran()) < k))
+
+    def _by_module(self, fact: Callable[[StageAudit, int], str]) -> tuple[str, ...]:
+        """A fact about each module's update; "-" for a module that is never updated."""
+        seen = {k: fact(stage, k) for stage in self.stages for k in stage.updated}
+        return tuple(seen.get(k, "-") for k in range(self.modules))
 
     @property
     def boundary_bytes(self) -> int:
@@ -154,6 +171,8 @@ class Audit:
             "isolated": self.isolated,
             "locks": self.locks,
             "labels": list(self.labels),
+            "later": list(self.later),
+            "earlier": list(self.earlier),
             "peak_saved_bytes": self.peak_saved_bytes,
             "boundary_bytes": self.boundary_bytes,
         }
@@ -163,10 +182,14 @@ class Audit:
         lines = [
             f"{self.method}, {self.modules} modules, measured on a real step",
             f"  category              {self.category}",
-            f"  end-to-end forward    {'yes' if self.end_to_end_forward else 'no'}",
-            f"  end-to-end backward   {'yes' if self.end_to_end_backward else 'no'}",
+            f"  end-to-end forward    {_yes(self.end_to_end_forward)}",
+            f"  end-to-end backward   {_yes(self.end_to_end_backward)}",
+            f"  isolated              {_yes(self.isolated)}",
             f"  locks                 {locks}",
-            f"  labels, by module     {', '.join(self.labels)}",
+            "  each module's update needs",
+            f"    labels              {', '.join(self.labels)}",
+            f"    later weights       {', '.join(self.later)}",
+            f"    earlier ones to run {', '.join(self.earlier)}",
             f"  peak of saved bytes   {self.peak_saved_bytes:,}",
             f"  bytes over boundaries {self.boundary_bytes:,}",
         ]
@@ -203,7 +226,8 @@ def audit(
         )
     count = len(_prepare(method, net, batch, seed)[1])
     stages = tuple(_audit_stage(method, net, batch, seed, number) for number in range(count))
-    return Audit(type(method).__name__, len(net), stages)
+    first = next((k for k, module in enumerate(net) if _trainable(module)), 0)
+    return Audit(type(method).__name__, len(net), first, stages)
 
 
 def _audit_stage(
@@ -236,7 +260,7 @@ def _audit_stage(
         watch.memory.peak,
         tuple(watch.forward_bytes[k] for k in range(len(net) - 1)),
         tuple(watch.backward_bytes[k] for k in range(len(net) - 1)),
-        tuple(sorted(watch.crossed)),
+        watch.ways(),
         told,
         _labels(again, inputs[1], before, after),
     )
@@ -333,6 +357,14 @@ def _close(before: list[Tensor], after: list[Tensor], other: list[Tensor]) -> bo
     return gap <= 1e-5 * size
 
 
+def _trainable(module: nn.Module) -> list[nn.Parameter]:
+    return [p for p in module.parameters() if p.requires_grad]
+
+
+def _yes(fact: bool) -> str:
+    return "yes" if fact else "no"
+
+
 def _ran(events: Iterable[Event]) -> set[int]:
     return {event.module for event in events if event.what == "forward"}
 
@@ -345,6 +377,28 @@ def _runs_after_earlier(stage: StageAudit) -> bool:
 # --- watching a step ------------------------------------------------------------------------------
 
 
+@dataclass(eq=False)
+class _Entry:
+    """One time that a module took in an output to which a gradient can go back.
+
+    Attributes:
+        module: which one.
+        below: the entries through which a gradient that comes out of this one goes on.
+        connected: does it go on into the network, or end at the boundary?
+        passes: numbers of the backward passes in which it went on.
+    """
+
+    module: int
+    below: list[_Entry]
+    connected: bool
+    passes: set[int] = field(default_factory=set)
+
+    def bottom(self, number: int) -> int:
+        """The lowest module into which this pass went on from here."""
+        on = (entry.bottom(number) for entry in self.below if number in entry.passes)
+        return min(on, default=self.module - 1)
+
+
 class _Watch:
     """Hooks on a network's modules, parameters and optimisers while one step runs."""
 
@@ -353,37 +407,44 @@ class _Watch:
         self.events: list[Event] = []
         self.forward_bytes = [0] * len(net)
         self.backward_bytes = [0] * len(net)
-        self.crossed: set[int] = set()
         owners = [net, *stage.objectives]
         self.memory = SavedBytes(t for m in owners for t in (*m.parameters(), *m.buffers()))
-        self._pass = -1
+        self._owned = {id(p) for p in net.parameters()}
+        self._entries: list[_Entry] = []
+        self._passes: dict[int, int] = {}  # autograd's name of a backward pass -> its number
         self._stack = ExitStack()
 
     def __enter__(self) -> _Watch:
         for k, module in enumerate(self.net):
             self._hook(module.register_forward_pre_hook(self._enter(k)))
             self._hook(module.register_forward_hook(self._forward(k)))
-            for parameter in module.parameters():
-                self._hook(_after_grad(parameter, self._backward(k)))
+            for parameter in _trainable(module):
+                self._hook(_on_gradient(parameter, self._backward(k)))
         for optimizer in self.stage.optimizers:
             self._hook(optimizer.register_step_post_hook(self._update(optimizer)))
-        self._stack.enter_context(_counted_backward(self._count))
         self._stack.enter_context(self.memory)
         return self
 
     def __exit__(self, *error: Any) -> None:
         self._stack.close()
 
+    def ways(self) -> tuple[tuple[int, int], ...]:
+        """How far back gradients went, in each pass on its own: the longest ways."""
+        within = {(e.module, e.module) for e in self.events if e.what == "backward"}
+        across = {(e.module, e.bottom(number)) for e in self._entries for number in e.passes}
+        return tuple(sorted(way for way in within | across if not _inside(way, across)))
+
     def _hook(self, handle: Any) -> None:
         self._stack.callback(handle.remove)
 
-    def _count(self) -> None:
-        self._pass += 1
-
-    def _note(self, what: str, module: int) -> None:
-        event = Event(what, module, self._pass)
+    def _note(self, what: str, module: int, number: int) -> None:
+        event = Event(what, module, number)
         if not self.events or self.events[-1] != event:  # one event, however many parameters
             self.events.append(event)
+
+    def _pass(self) -> int:
+        """The number of the backward pass that runs now, also one of ``torch.autograd.grad``."""
+        return self._passes.setdefault(torch._C._current_graph_task_id(), len(self._passes))
 
     def _enter(self, k: int) -> Callable[[nn.Module, Any], Any]:
         """Give module k a view of its input: gradient that reaches the view comes out of module k."""
@@ -392,30 +453,33 @@ class _Watch:
             x, *rest = args
             if k == 0 or not x.requires_grad:
                 return None
-            entered = x.view_as(x)
-            entered.register_hook(self._crossing(k - 1, connected=not x.is_leaf))
+            entry = _Entry(k, *_sources(x, self._owned))
+            entered: Any = x.view_as(x)
+            entered.grad_fn.metadata[_Entry] = entry
+            entered.register_hook(self._crossing(entry))
+            self._entries.append(entry)
             return (entered, *rest)
 
         return hook
 
-    def _crossing(self, k: int, connected: bool) -> Callable[[Tensor], None]:
+    def _crossing(self, entry: _Entry) -> Callable[[Tensor], None]:
         def hook(gradient: Tensor) -> None:
-            self.backward_bytes[k] += gradient.nbytes
-            if connected:  # else it ends at the boundary, to be used otherwise
-                self.crossed.add(k)
+            self.backward_bytes[entry.module - 1] += gradient.nbytes
+            if entry.connected:  # else it ends at the boundary, to be used otherwise
+                entry.passes.add(self._pass())
 
         return hook
 
     def _forward(self, k: int) -> Callable[[nn.Module, Any, Tensor], None]:
         def hook(module: nn.Module, args: Any, out: Tensor) -> None:
-            self._note("forward", k)
+            self._note("forward", k, len(self._passes) - 1)
             if k > 0:
                 self.forward_bytes[k - 1] += args[0].nbytes
 
         return hook
 
     def _backward(self, k: int) -> Callable[[Tensor], None]:
-        return lambda parameter: self._note("backward", k)
+        return lambda gradient: self._note("backward", k, self._pass())
 
     def _update(self, optimizer: torch.optim.Optimizer) -> Callable[..., None]:
         owned = {id(p) for group in optimizer.param_groups for p in group["params"]}
@@ -423,26 +487,34 @@ class _Watch:
 
         def hook(*args: Any) -> None:
             for k in modules:
-                self._note("update", k)
+                self._note("update", k, len(self._passes) - 1)
 
         return hook
 
 
-def _after_grad(parameter: Tensor, hook: Callable[[Tensor], None]) -> Any:
-    return parameter.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
+def _on_gradient(parameter: Tensor, hook: Callable[[Tensor], None]) -> Any:
+    return parameter.register_hook(hook)  # type: ignore[no-untyped-call]
 
 
-@contextmanager
-def _counted_backward(count: Callable[[], None]) -> Iterator[None]:
-    """Call ``count`` at the start of every backward pass."""
-    original = torch.autograd.backward
+def _sources(x: Tensor, owned: set[int]) -> tuple[list[_Entry], bool]:
+    """The entries to which a gradient of x goes back, and whether it reaches the network at all."""
+    entries: list[_Entry] = []
+    parameters = False
+    stack: list[Any] = [x.grad_fn]
+    seen = {None}
+    while stack:
+        node = stack.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if _Entry in node.metadata:  # what is below was found when that module was entered
+            entries.append(node.metadata[_Entry])
+        else:
+            parameters |= id(getattr(node, "variable", None)) in owned
+            stack += [parent for parent, _ in node.next_functions]
+    return entries, parameters or bool(entries)
 
-    def backward(*args: Any, **kwargs: Any) -> None:
-        count()
-        original(*args, **kwargs)
 
-    torch.autograd.backward = backward
-    try:
-        yield
-    finally:
-        torch.autograd.backward = original
+def _inside(way: tuple[int, int], others: Iterable[tuple[int, int]]) -> bool:
+    """Is this way a part of another?"""
+    return any(way != other and other[0] >= way[0] and other[1] <= way[1] for other in others)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import pytest
@@ -22,9 +22,10 @@ from modlib.methods import (
     Method,
     ProxyObjective,
     Stage,
+    greedy_infomax,
 )
 from modlib.network import ModularNetwork, partition
-from modlib.objectives import NMSE, Objective, Raw, SupCon
+from modlib.objectives import HSIC, NMSE, Objective, Raw, SupCon
 
 WIDTH, N = 12, 32
 
@@ -240,6 +241,211 @@ def test_one_backward_pass_over_all_modules_is_not_end_to_end(
     assert summed.peak_saved_bytes > apart.peak_saved_bytes  # what the sum does cost
 
 
+class OfStage(Method):
+    """One stage of this class, on the losses of local learning, with one optimiser for all."""
+
+    def __init__(self, stage: type[Stage], objective: Objective | None = None) -> None:
+        super().__init__()
+        self.stage, self.learner = stage, LocalLearning(objective)
+
+    def stages(self, net: ModularNetwork, x: Tensor) -> list[Stage]:
+        objectives = self.learner.objectives(net, x)
+        return [self.stage(list(net), objectives, self.make_optimizers([[*net, *objectives]]))]
+
+
+class LoCo(Stage):
+    """Xiong, Ren & Urtasun 2020 (arXiv 2008.01342): the error of each module also trains the one below."""
+
+    def losses(self, x: Tensor, y: Tensor) -> Iterator[Tensor]:
+        below: nn.Module = nn.Identity()
+        for module, objective in zip(self.modules, self.objectives, strict=True):
+            yield objective(module(below(x)), y)
+            x, below = below(x).detach(), module
+
+    def step(self, x: Tensor, y: Tensor) -> Tensor:
+        for optimizer in self.optimizers:
+            optimizer.zero_grad()
+        losses = self.backward(x, y)
+        for optimizer in self.optimizers:
+            optimizer.step()
+        return losses
+
+    def backward(self, x: Tensor, y: Tensor) -> Tensor:
+        losses = []
+        for loss in self.losses(x, y):
+            loss.backward()  # type: ignore[no-untyped-call]
+            losses.append(loss.detach())
+        return torch.stack(losses)
+
+
+class SummedLoCo(LoCo):
+    def backward(self, x: Tensor, y: Tensor) -> Tensor:
+        losses = torch.stack(list(self.losses(x, y)))
+        losses.sum().backward()  # type: ignore[no-untyped-call]
+        return losses.detach()
+
+
+class CutLoCo(LoCo):
+    """The same gradients from one graph without a detach: each is asked for two modules alone."""
+
+    def backward(self, x: Tensor, y: Tensor) -> Tensor:
+        losses: list[Tensor] = []
+        window: list[nn.Module] = []
+        for module, objective in zip(self.modules, self.objectives, strict=True):
+            x = module(x)
+            losses.append(objective(x, y))
+            window = [*window, module, objective][-4:]
+            asked = [p for part in window for p in part.parameters() if p.requires_grad]
+            found = torch.autograd.grad(losses[-1], asked, retain_graph=True, allow_unused=True)
+            for p, gradient in zip(asked, found, strict=True):
+                if gradient is not None:
+                    p.grad = gradient if p.grad is None else p.grad + gradient
+        return torch.stack(losses).detach()
+
+
+@pytest.mark.parametrize("stage", [LoCo, SummedLoCo, CutLoCo])
+def test_overlapping_windows_are_not_end_to_end(
+    stage: type[Stage], batch: tuple[Tensor, Tensor]
+) -> None:
+    measured = audit(OfStage(stage), relu_net(4), batch)
+    (seen,) = measured.stages
+    assert seen.crossed == (0, 1, 2)  # each boundary, but by three errors
+    assert seen.ways == ((1, 0), (2, 1), (3, 2))
+    assert measured.category == "weakly modular" and not measured.isolated
+    assert measured.locks == {"forward": True, "update": True, "backward": True}
+    assert measured.later == ("yes", "yes", "yes", "no")
+    if stage is not SummedLoCo:
+        assert seen.reached() == [{0}, {0, 1}, {1, 2}, {2, 3}]
+    assert (
+        audit(OfStage(stage), relu_net(2), batch).category == "end-to-end"
+    )  # one window holds all
+
+
+class Accumulating(LoCo):
+    """One error at the end; its gradient is summed over two halves of the batch."""
+
+    def losses(self, x: Tensor, y: Tensor) -> Iterator[Tensor]:
+        for half, labels in zip(x.chunk(2), y.chunk(2), strict=True):
+            yield self.objectives[-1](nn.Sequential(*self.modules)(half), labels)
+
+
+class AskedFor(Accumulating):
+    def backward(self, x: Tensor, y: Tensor) -> Tensor:
+        loss = next(self.losses(torch.cat([x, x]), torch.cat([y, y])))
+        asked = [p for module in self.modules for p in module.parameters() if p.requires_grad]
+        for p, gradient in zip(asked, torch.autograd.grad(loss, asked), strict=True):
+            p.grad = gradient
+        return loss.detach()[None]
+
+
+class DeeplySupervised(Stage):
+    def step(self, x: Tensor, y: Tensor) -> Tensor:
+        return summed_step(self, x, y, boundary=False)
+
+
+@pytest.mark.parametrize("stage", [Accumulating, AskedFor, DeeplySupervised])
+@pytest.mark.parametrize("frozen", [[], [0], [1], [0, 1], [2]])
+def test_one_error_that_goes_back_through_all_modules_is_end_to_end(
+    stage: type[Stage], frozen: list[int], batch: tuple[Tensor, Tensor]
+) -> None:
+    net = relu_net(3)
+    for k in frozen:
+        net[k].requires_grad_(False)
+    measured = audit(OfStage(stage), net, batch)
+    assert measured.category == "end-to-end"
+    first = min({0, 1, 2}.difference(frozen))
+    assert (2, first) in measured.stages[0].ways
+    assert measured.isolated == (first == 2)
+
+
+def test_each_local_pass_stays_in_its_module(batch: tuple[Tensor, Tensor]) -> None:
+    (local,) = audit(LocalLearning(), relu_net(3), batch).stages
+    assert local.ways == ((0, 0), (1, 1), (2, 2))
+    assert audit(E2EBP(), relu_net(3), batch).stages[0].ways == ((2, 0),)
+
+
+def test_gradients_of_what_is_not_in_the_network_cross_no_boundary(
+    batch: tuple[Tensor, Tensor],
+) -> None:
+    class Scaled(Stage):
+        def step(self, x: Tensor, y: Tensor) -> Tensor:
+            scale = torch.ones((), requires_grad=True)  # no module's: it stands between them
+            losses = []
+            for module, objective in zip(self.modules, self.objectives, strict=True):
+                x = module(scale * x.detach())
+                losses.append(objective(x, y))
+            torch.stack(losses).sum().backward()  # type: ignore[no-untyped-call]
+            return torch.stack(losses).detach()
+
+    assert audit(OfStage(Scaled), relu_net(3), batch).isolated
+
+
+class ReadOutAfterwards(Method):
+    """Hidden modules together, the output module when they are done."""
+
+    def __init__(self, inner: Method) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def stages(self, net: ModularNetwork, x: Tensor) -> list[Stage]:
+        (stage,) = self.inner.stages(net, x)
+        hidden, output = slice(-1), slice(-1, None)
+        first, last = (
+            Stage(stage.modules[part], stage.objectives[part], stage.optimizers[part])
+            for part in (hidden, output)
+        )
+        last.frozen = stage.modules[hidden]
+        return [first, last]
+
+
+def patch_net(modules: int) -> ModularNetwork:
+    net = networks.patch_cnn((8, 8, 8)[: modules - 1], size=8, patch=4, stride=2, seed=0)
+    return partition(net, [f"conv{k}" for k in range(2, modules)] + ["join"])
+
+
+@pytest.mark.parametrize("modules", [3, 4])
+@pytest.mark.parametrize(
+    ("make", "cut"),
+    [
+        (LocalLearning, relu_net),
+        (partial(LocalLearning, HSIC(50.0)), relu_net),
+        (partial(greedy_infomax, steps=1, grid=3), patch_net),
+    ],
+)
+def test_the_category_does_not_hang_on_when_the_output_module_is_trained(
+    make: Callable[[], Method],
+    cut: Callable[[int], ModularNetwork],
+    modules: int,
+    batch: tuple[Tensor, Tensor],
+) -> None:
+    together, afterwards = (
+        audit(method, cut(modules), batch) for method in (make(), ReadOutAfterwards(make()))
+    )
+    assert together.category == afterwards.category == "weakly modular"
+    assert together.end_to_end_forward and afterwards.end_to_end_forward
+    assert together.later == afterwards.later == ("no",) * modules
+    assert together.labels == afterwards.labels
+
+
+def test_what_each_update_needs_stands_beside_the_category(batch: tuple[Tensor, Tensor]) -> None:
+    table = {
+        name: (measured.later, measured.earlier)
+        for name, measured in {
+            "E2EBP": audit(E2EBP(), relu_net(3), batch),
+            "local": audit(LocalLearning(), relu_net(3), batch),
+            "stored": audit(PROXY(cache_features=True), relu_net(3), batch),
+            "targets": audit(DifferenceTargetPropagation(), tanh_net(3), batch),
+        }.items()
+    }
+    no, yes = "no", "yes"
+    assert table == {
+        "E2EBP": ((yes, yes, no), (no, yes, yes)),
+        "local": ((no, no, no), (no, yes, yes)),
+        "stored": ((no, no, no), (no, no, no)),
+        "targets": ((yes, yes, no), (no, yes, yes)),
+    }
+
+
 def test_targets_are_news_from_above(batch: tuple[Tensor, Tensor]) -> None:
     (targets,) = audit(DifferenceTargetPropagation(), tanh_net(4), batch).stages
     assert targets.told == (0, 1, 2) and targets.crossed == ()
@@ -319,6 +525,9 @@ def test_summary_is_plain_data_and_the_table_says_the_same(batch: tuple[Tensor, 
     assert summary["peak_saved_bytes"] == measured.peak_saved_bytes > 0
     table = str(measured)
     assert "ProxyObjective, 3 modules" in table
-    assert "labels, by module     pairs, pairs, classes" in table
+    assert "isolated              yes" in table
+    assert "labels              pairs, pairs, classes" in table
+    assert "later weights       no, no, no" in table
+    assert "earlier ones to run no, yes, yes" in table
     assert "end-to-end forward    no" in table
     assert f"{measured.peak_saved_bytes:,}" in table

@@ -124,6 +124,8 @@ def test_audit_prints_every_method(said: Any) -> None:
     status, out, _ = said("audit", "LocalLearning", "--modules", "2")
     assert status == 0
     assert "LocalLearning, 2 modules, measured on a real step" in out
+    assert "isolated              yes" in out
+    assert "later weights       no, no" in out
 
 
 def test_lists(said: Any) -> None:
