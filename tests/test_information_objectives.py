@@ -303,7 +303,7 @@ def test_patches_refuse_what_they_cannot_cut() -> None:
         patch_cnn(size=3, patch=4, stride=2)
     with pytest.raises(ValueError, match="images of 8×6 pixels"):
         Patches(4, 2)(torch.zeros(1, 1, 8, 6))
-    with pytest.raises(ValueError, match="size=0, stride=1"):
+    with pytest.raises(ValueError, match="size=0: give a whole number"):
         Patches(0, 1)
     with pytest.raises(ValueError, match="h holds 10 patches, no multiple of grid² = 9"):
         JoinPatches(3)(torch.zeros(10, 4))

@@ -19,6 +19,8 @@ from modlib.training import fit, pick_device
 
 Row = dict[str, Any]
 
+_SMALLEST = 7  # pixels a side, of which the last map keeps the 4×4 that its kernel pools
+
 
 def compare(
     data: str = "digits",
@@ -42,13 +44,22 @@ def compare(
     Returns:
         For each method: its name, the category that the audit measured, test accuracy (0..1),
         seconds of training, and the peak of bytes that autograd held in a step.
+
+    Raises:
+        ValueError: the data are no square images of at least 7 pixels a side.
     """
     dataset = datasets.load(data, root)
     if len(dataset.shape) != 3:
         raise ValueError(
             f"data={data!r} holds no images; choose an image data set such as 'digits'."
         )
-    x, y = Loader(dataset, device=pick_device(device)).sample(128)
+    if min(dataset.shape[1:]) < _SMALLEST or dataset.shape[1] != dataset.shape[2]:
+        raise ValueError(
+            f"data={data!r} holds images of {dataset.shape[1]}×{dataset.shape[2]} pixels; give square "
+            f"ones of at least {_SMALLEST}, such as 'digits'."
+        )
+    loader = Loader(dataset, device=pick_device(device))
+    x, y = loader.sample(loader.batch_size)
     rows = []
     for method, cut in _entries():
         net = partition(_network(dataset, seed).to(x.device), cut, sample=x)

@@ -11,6 +11,7 @@ from torch import nn
 from modlib.kernels import FeatureMap
 from modlib.networks.boundary import check_boundary
 from modlib.networks.seeding import seeded
+from modlib.networks.sizes import check_list, check_whole
 
 
 class ConvUnit(nn.Sequential):
@@ -63,13 +64,16 @@ def cnn(
         A network from images (N, channels, H, W) to logits (N, classes).
 
     Raises:
-        ValueError: ``boundary`` is neither "before" nor "after".
+        ValueError: ``boundary`` is neither "before" nor "after", a number is no whole one above 0, or
+            the last maps are too small for the kernel.
 
     >>> import torch
     >>> cnn(seed=0)(torch.zeros(2, 3, 32, 32)).shape
     torch.Size([2, 10])
     """
     check_boundary(boundary)
+    check_list("widths", widths)
+    check_whole(classes=classes, channels=channels, size=size, stride=stride)
     with seeded(seed):
         layers: OrderedDict[str, nn.Module] = OrderedDict()
         before = channels
@@ -85,9 +89,16 @@ def with_head(
     layers: OrderedDict[str, nn.Module], kernel: str, classes: int, shape: tuple[int, int, int]
 ) -> nn.Sequential:
     """The layers, a feature map and a linear layer that takes its features; ``shape`` is the image's."""
-    layers["features"] = FeatureMap(kernel)
-    trunk = nn.Sequential(layers).eval()
+    features = FeatureMap(kernel)
     with torch.no_grad():
-        features = trunk(torch.zeros(1, *shape)).shape[1]
-    layers["head"] = nn.Linear(features, classes)
+        maps = nn.Sequential(layers).eval()(torch.zeros(1, *shape))
+        try:
+            units = features(maps).shape[1]
+        except ValueError as error:
+            raise ValueError(
+                f"size={shape[1]}: the image ends as a map of {maps.shape[2]}×{maps.shape[3]} pixels, too "
+                f"few for kernel={kernel!r}; give larger images, or kernel='relu'."
+            ) from error
+    layers["features"] = features
+    layers["head"] = nn.Linear(units, classes)
     return nn.Sequential(layers).train()

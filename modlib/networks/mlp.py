@@ -6,11 +6,13 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 
+import torch
 from torch import nn
 
 from modlib.kernels import FeatureMap
 from modlib.networks.boundary import check_boundary
 from modlib.networks.seeding import seeded
+from modlib.networks.sizes import check_list
 
 
 def mlp(
@@ -40,14 +42,17 @@ def mlp(
     Returns:
         A network from inputs (N, ...) to logits (N, sizes[-1]).
 
+    Raises:
+        ValueError: sizes are no whole numbers above 0 or fewer than two, a choice is unknown, or the
+            kernel takes no vectors.
+
     >>> import torch
     >>> mlp([64, 32, 10], kernel="tanh", seed=0)(torch.zeros(2, 1, 8, 8)).shape
     torch.Size([2, 10])
     >>> mlp([64, 32, 10], norm=True).layer1[2]
     BatchNorm1d(32, ..., affine=False, ...)
     """
-    if len(sizes) < 2:
-        raise ValueError(f"sizes={list(sizes)}: give at least an input and an output size.")
+    check_list("sizes", sizes, least=2)
     check_boundary(boundary)
     if kernel is not None and boundary == "after":
         raise ValueError("kernel: a feature map replaces an activation; use boundary='before'.")
@@ -65,6 +70,7 @@ def mlp(
             start, end = start or [activation()], []
         if last and kernel is not None:
             layers["features"] = FeatureMap(kernel)
+            layers["features"](torch.zeros(1, linear.in_features))  # it says what it cannot take
             start = []
         name = "head" if last else f"layer{number}"
         layers[name] = Layer(*start, *units, *end)

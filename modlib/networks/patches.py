@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from modlib.networks.seeding import seeded
+from modlib.networks.sizes import check_list, check_whole
 
 
 class Patches(nn.Module):
@@ -30,8 +31,7 @@ class Patches(nn.Module):
 
     def __init__(self, size: int, stride: int) -> None:
         super().__init__()
-        if size < 1 or stride < 1:
-            raise ValueError(f"size={size}, stride={stride}: give at least 1 pixel each.")
+        check_whole(size=size, stride=stride)
         self.size, self.stride = size, stride
 
     def grid(self, side: int) -> int:
@@ -63,7 +63,7 @@ class JoinPatches(nn.Module):
         grid: G, patches along an image's side.
 
     Raises:
-        ValueError: the number of patches is no multiple of G*G.
+        ValueError: G is no whole number above 0, or the number of patches no multiple of G*G.
 
     >>> import torch
     >>> JoinPatches(7)(torch.zeros(98, 32, 4, 4)).shape
@@ -72,6 +72,7 @@ class JoinPatches(nn.Module):
 
     def __init__(self, grid: int) -> None:
         super().__init__()
+        check_whole(grid=grid)
         self.grid = grid
 
     def forward(self, h: Tensor) -> Tensor:
@@ -114,12 +115,17 @@ def patch_cnn(
     Returns:
         A network from images (N, channels, size, size) to logits (N, classes).
 
+    Raises:
+        ValueError: a number is no whole one above 0, or patches do not reach the image's edge.
+
     Source: after Löwe, O'Connor & Veeling 2019 (arXiv 1905.11786), section 4.1, which has a ResNet.
 
     >>> import torch
     >>> patch_cnn(seed=0)(torch.zeros(2, 1, 64, 64)).shape
     torch.Size([2, 10])
     """
+    check_list("widths", widths)
+    check_whole(classes=classes, channels=channels, size=size)
     cut = Patches(patch, stride)
     layers: OrderedDict[str, nn.Module] = OrderedDict(patches=cut)
     with seeded(seed):

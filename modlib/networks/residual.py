@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from modlib.networks.boundary import check_boundary
 from modlib.networks.cnn import ConvUnit, with_head
 from modlib.networks.seeding import seeded
+from modlib.networks.sizes import check_list, check_whole
 
 
 class ResidualUnit(nn.Module):
@@ -77,6 +78,10 @@ def resnet(
     Returns:
         A network from images (N, channels, H, W) to logits (N, classes).
 
+    Raises:
+        ValueError: ``boundary`` is neither "before" nor "after", a number is no whole one above 0,
+            widths fall, or the last maps are too small for the kernel.
+
     Source: He, Zhang, Ren & Sun 2016 (arXiv 1512.03385), section 4.2.
 
     >>> import torch
@@ -84,8 +89,8 @@ def resnet(
     torch.Size([2, 10])
     """
     check_boundary(boundary)
-    if blocks < 1 or not widths:
-        raise ValueError(f"widths={list(widths)}, blocks={blocks}: give at least one of each.")
+    check_list("widths", widths)
+    check_whole(blocks=blocks, classes=classes, channels=channels, size=size)
     with seeded(seed):
         layers: OrderedDict[str, nn.Module] = OrderedDict()
         layers["stem"] = ConvUnit(channels, widths[0], 1, first=True, boundary=boundary)

@@ -7,6 +7,7 @@ from collections import OrderedDict
 from torch import nn
 
 from modlib.networks.seeding import seeded
+from modlib.networks.sizes import check_whole
 
 _MULTIPLES = (1, 2, 2, 4, 4, 4)  # channels of the convolutions, in units of the first one's
 _POOLED = (
@@ -52,7 +53,7 @@ def vgg8b(
         A network from images (N, channels, H, W) to logits (N, classes).
 
     Raises:
-        ValueError: the image is too small for four poolings.
+        ValueError: the image is too small for four poolings, or a number is no whole one above 0.
 
     Source: Nøkland & Eidnes 2019 (arXiv 1901.06656), VGG8b.
 
@@ -60,6 +61,7 @@ def vgg8b(
     >>> vgg8b(width=4, seed=0)(torch.zeros(2, 3, 32, 32)).shape
     torch.Size([2, 10])
     """
+    check_whole(classes=classes, width=width, channels=channels, size=size)
     if size < 16:
         raise ValueError(f"size={size}: four poolings need images of at least 16 pixels a side.")
     with seeded(seed):

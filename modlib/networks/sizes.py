@@ -1,0 +1,43 @@
+"""What a network is built from is counted in whole numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from numbers import Integral
+
+
+def check_whole(**numbers: object) -> None:
+    """Refuse what is no whole number of at least 1.
+
+    Raises:
+        ValueError: naming the argument.
+
+    >>> check_whole(classes=10, size=32.0)
+    Traceback (most recent call last):
+    ValueError: size=32.0: give a whole number of at least 1.
+    """
+    for name, number in numbers.items():
+        if not _whole(number):
+            raise ValueError(f"{name}={number!r}: give a whole number of at least 1.")
+
+
+def check_list(name: str, numbers: object, least: int = 1) -> None:
+    """Refuse what is no list of so many whole numbers, each at least 1.
+
+    Raises:
+        ValueError: naming the argument.
+
+    >>> check_list("widths", (8, 0))
+    Traceback (most recent call last):
+    ValueError: widths=(8, 0): give a list of whole numbers of at least 1.
+    """
+    given = list(numbers) if isinstance(numbers, Sequence) else []
+    if len(given) < least or not all(_whole(number) for number in given):
+        several = f"at least {least} " if least > 1 else ""
+        raise ValueError(
+            f"{name}={numbers!r}: give a list of {several}whole numbers of at least 1."
+        )
+
+
+def _whole(number: object) -> bool:
+    return isinstance(number, Integral) and int(number) >= 1
