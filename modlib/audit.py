@@ -451,7 +451,7 @@ class _Watch:
 
         def hook(module: nn.Module, args: Any) -> Any:
             x, *rest = args
-            if k == 0 or not x.requires_grad:
+            if k == 0 or not (x.requires_grad and torch.is_grad_enabled()):
                 return None
             entry = _Entry(k, *_sources(x, self._owned))
             entered: Any = x.view_as(x)
