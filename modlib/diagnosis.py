@@ -8,7 +8,9 @@ Every module has an objective of its own, so it can be examined alone. Three que
    .. math:: s_k = L(h_k) - L(h_k^{\text{fresh}}),
 
    its own objective minus the fresh copy's, both on images that neither was trained on. A healthy module
-   has had more training than the fresh one: :math:`s_k \le 0`.
+   has had more training than the fresh one: :math:`s_k \le 0`. A sound module has a shortfall too where
+   its inputs are not those that it was trained on, because a module before it was damaged later. So
+   only the first that is named is surely at fault; the others may follow from it.
 2. *Is a block dead?* The share of a layer's channels that, after the activation that follows, are
    the same number for every image.
 3. *Are labels wrong?* For classes a and b, how many images labelled a lie nearest to b's mean, in features
@@ -124,39 +126,58 @@ class LabelCheck:
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """What was found. ``print`` it for a table; ``faults`` names what is wrong: modules, then labels."""
+    """What was found. ``print`` it for a table; ``faults`` names what is wrong: modules, then labels.
+
+    Attributes:
+        modules: one check each, in the order of the network.
+        labels: their check.
+        accuracy: of the whole network on the test images that were looked at.
+    """
 
     modules: tuple[ModuleCheck, ...]
     labels: LabelCheck
+    accuracy: float
     names: tuple[str, ...] = field(repr=False)  # of the classes
 
     @property
     def faults(self) -> tuple[str, ...]:
         """Sentences; empty if nothing was found."""
-        found: list[str] = []
-        for check, layer, share in self._layers():
-            if share >= _DEAD:
-                found.append(
-                    f"module {check.position}, layer {layer}: {share:.0%} of its channels are dead"
-                )
-            if share == 1.0:  # all layers behind it are dead too
-                break
-        poor = [check for check in self.modules if check.shortfall >= _SHORT]
+        dead, poor = list(self._dead()), self._poor()
+        named = [check.position for check, *_ in dead] + [check.position for check in poor]
+        found = [
+            f"module {check.position}, layer {layer}: {share:.0%} of its channels are dead"
+            for check, layer, share in dead
+        ]
         found += [
             f"module {check.position}: a fresh copy, trained on the same inputs, is better by "
-            f"{check.shortfall:.0%} of what could be gained; train it again"
+            f"{check.shortfall:.0%} of what could be gained; {_advice(check.position, min(named))}"
             for check in poor
-            if check is not self.modules[-1]
-            or len(poor) == 1  # a head is trained last: repair the others first
         ]
         if float(self.labels.stray[self.labels.pair]) >= _STRAY:
             found.append(self._labels())
         return tuple(found)
 
-    def _layers(self) -> Iterator[tuple[ModuleCheck, str, float]]:
+    @property
+    def note(self) -> str:
+        """When a shortfall is no fault; empty if no hidden module has one."""
+        if all(check is self.modules[-1] for check in self._poor()):
+            return ""
         return (
-            (check, layer, share) for check in self.modules for layer, share in check.dead.items()
+            f"the network is right on {self.accuracy:.0%} of these images; a shortfall is a fault only "
+            "of a module that was trained on this objective, and after end-to-end training it is none"
         )
+
+    def _poor(self) -> list[ModuleCheck]:
+        return [check for check in self.modules if check.shortfall >= _SHORT]
+
+    def _dead(self) -> Iterator[tuple[ModuleCheck, str, float]]:
+        """Layers with many dead channels, up to one that is wholly dead: behind it all others must be."""
+        for check in self.modules:
+            for layer, share in check.dead.items():
+                if share >= _DEAD:
+                    yield check, layer, share
+                if share == 1.0:
+                    return
 
     def _labels(self) -> str:
         a, b = self.labels.pair
@@ -174,7 +195,15 @@ class Diagnosis:
                 f"{check.shortfall:9.1%}  {check.dead.get(layer, 0.0):.0%} {layer}"
             )
         lines.append(self._labels())
-        return "\n".join(lines + [f"fault: {fault}" for fault in self.faults])
+        lines += [f"fault: {fault}" for fault in self.faults]
+        return "\n".join(lines + [f"note: {self.note}"] * bool(self.note))
+
+
+def _advice(position: int, first: int) -> str:
+    """A module knows the inputs that it was trained on, and a bad one before it changes them."""
+    if position == first:
+        return "train it again"
+    return f"it may follow from module {first}: repair that one first and ask again"
 
 
 def diagnose(
@@ -193,7 +222,8 @@ def diagnose(
 
     Args:
         net: a trained network whose last layer is linear. Its hidden modules are judged by the objective
-            that modular training would give them; those of other methods may be good in another way.
+            that modular training gives them; after another training, end to end say, a shortfall is no
+            fault, and ``Diagnosis.note`` says so.
         data: what it was trained on; the modules are compared on its test images. (Put held-out
             training images in their place where a repair will be judged on the test images.)
         objective: on pairs, what each hidden module is judged by.
@@ -251,7 +281,9 @@ def diagnose(
     judges = partial(train, epochs=label_epochs)
     checks.append(_check_head(net, data, len(x)))
     labels = _check_labels(hidden, data, objective.kernel, judges, seed)
-    return Diagnosis(tuple(checks), labels, data.classes)
+    with evaluating(net):
+        accuracy = float((net(x).argmax(1) == y).double().mean())
+    return Diagnosis(tuple(checks), labels, accuracy, data.classes)
 
 
 def _check_data(data: Dataset) -> None:
