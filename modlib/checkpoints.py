@@ -69,7 +69,7 @@ def save_whole(state: State, path: Path) -> None:
     Raises:
         ValueError: the state holds what ``read_whole`` would refuse to read; nothing is written.
     """
-    _check_plain(state, "")
+    check_plain(state)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")  # one name: what a kill leaves is overwritten
     try:
@@ -113,15 +113,19 @@ def fill(module: nn.Module, state: State) -> None:
             own.data = laid.copy_(own.data)
 
 
-def _check_plain(value: Any, where: str) -> None:
-    """What can be read back: tensors, and Python's own numbers, strings, lists, tuples, dicts, None."""
+def check_plain(value: Any, where: str = "") -> None:
+    """What can be read back: tensors, and Python's own numbers, strings, lists, tuples, dicts, None.
+
+    Raises:
+        ValueError: naming what is none of these.
+    """
     if isinstance(value, dict):
         for key, inner in value.items():
-            _check_plain(key, where)
-            _check_plain(inner, f"{where}.{key}" if where else str(key))
+            check_plain(key, where)
+            check_plain(inner, f"{where}.{key}" if where else str(key))
     elif isinstance(value, list | tuple):
         for inner in value:
-            _check_plain(inner, where)
+            check_plain(inner, where)
     elif type(value) not in _PLAIN and not isinstance(value, Tensor):
         raise ValueError(
             f"{where} holds {value!r:.60} of type {type(value).__name__}, which a file would not give "

@@ -32,6 +32,8 @@ from modlib.kernels import double
 from modlib.objectives import Objective
 from modlib.objectives.supervised import check_labels
 
+_NO_NOISE = 1e-13  # a squared residual, per example, that float32 features do not tell from 0
+
 
 def score(
     module: nn.Module,
@@ -110,6 +112,9 @@ def centred_alignment(features: Tensor, labels: Tensor) -> float:
 def log_evidence(features: Tensor, labels: Tensor, steps: int = 100) -> float:
     """LogME: mean over the classes that occur of the log evidence per example of a Bayesian linear regression.
 
+    It is infinite where the evidence has no maximum: features of a rank below n that reproduce a class's
+    labels exactly, such as collapsed ones, make them the more probable the less noise is assumed.
+
     Args:
         features: (n, D).
         labels: (n,).
@@ -136,6 +141,8 @@ def _evidence(left: Tensor, singular: Tensor, target: Tensor, steps: int) -> flo
     n, squares = len(target), singular.square()
     along = (left.T @ target).square()  # of the target, along each singular direction
     rest = (target @ target - along.sum()).clamp_min(0)
+    if len(singular) < n and rest <= _NO_NOISE * n:
+        return math.inf  # without noise: the evidence grows with beta for ever
     alpha, beta, value = 1.0, 1.0, -math.inf
     for _ in range(steps):
         gain = beta * squares / (alpha + beta * squares)

@@ -92,7 +92,15 @@ def save(
     path = Path(path)
     if path.exists():
         raise ValueError(f"path: {path} exists; give another name, or move it away.")
-    shape = tuple(int(side) for side in input_shape)
+    state = _packed(module, name, tuple(int(side) for side in input_shape), behind, notes)
+    checkpoints.save_whole(state, path)
+    return Card(**state["card"])
+
+
+def _packed(
+    module: nn.Module, name: str, shape: tuple[int, ...], behind: str, notes: dict[str, Any]
+) -> checkpoints.State:
+    """What a module's file holds."""
     probe = torch.randn(_PROBES, *shape, generator=torch.Generator().manual_seed(0))
     outputs = _outputs(module, probe, f"input_shape: {name}")
     if not bool(outputs.isfinite().all()):
@@ -100,8 +108,8 @@ def save(
     card = Card(name, shape, tuple(outputs.shape[1:]), behind, fingerprint(module, behind), notes)
     weights = {key: value.detach().cpu() for key, value in module.state_dict().items()}
     state = {"card": asdict(card), "weights": weights, "probe": probe, "outputs": outputs}
-    checkpoints.save_whole(state, path)
-    return card
+    checkpoints.check_plain(state)
+    return state
 
 
 def load(path: str | Path, module: nn.Module, *, behind: str | None = None) -> Card:
@@ -171,8 +179,8 @@ def shelve(
         notes: plain data to keep with each module.
 
     Raises:
-        ValueError: one of the files exists, and then none is written; the name is a path; or what
-            ``save`` raises.
+        ValueError: one of the files exists, the name is a path, or what ``save`` raises of any module;
+            then nothing is written.
 
     >>> import modlib, tempfile
     >>> net, other = (modlib.partition(modlib.networks.mlp([64, 32, 10]), modules=2) for _ in range(2))
@@ -185,12 +193,13 @@ def shelve(
     for path in paths:
         if path.exists():
             raise ValueError(f"name: {path} exists; give another name, or move it away.")
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    cards, behind, shape = [], "", tuple(input_shape)
+    states, behind, shape = [], "", tuple(int(side) for side in input_shape)
     for path, module in zip(paths, net, strict=True):
-        cards.append(save(module, path, name=path.stem, input_shape=shape, behind=behind, **notes))
-        behind, shape = cards[-1].fingerprint, cards[-1].output_shape
-    return cards
+        states.append(_packed(module, path.stem, shape, behind, notes))
+        behind, shape = (states[-1]["card"][key] for key in ("fingerprint", "output_shape"))
+    for path, state in zip(paths, states, strict=True):  # all are sound
+        checkpoints.save_whole(state, path)
+    return [Card(**state["card"]) for state in states]
 
 
 def take(net: ModularNetwork, folder: str | Path, name: str) -> list[Card]:

@@ -60,6 +60,18 @@ def test_log_evidence_with_more_features_than_examples() -> None:
     assert math.isfinite(log_evidence(features, labels))
 
 
+def test_labels_that_few_features_reproduce_have_infinite_evidence() -> None:
+    """With the noise 1/beta of a fit in fewer than n directions going to 0 the density grows for ever."""
+    labels = torch.arange(60) % 3
+    points = torch.randn(3, 8, generator=torch.Generator().manual_seed(0))[labels]
+    target, rows = (labels == 0).double().numpy(), points.double().numpy()
+    growing = [evidence(rows, target, 1.0, beta) for beta in (1e2, 1e4, 1e6)]
+    assert growing[0] + 60 < growing[1] < growing[2] - 60
+    assert log_evidence(points, labels) == math.inf
+    noise = 1e-3 * torch.randn(60, 8, generator=torch.Generator().manual_seed(1))
+    assert math.isfinite(log_evidence(points + noise, labels))
+
+
 def test_leep_and_nce_are_their_formulas() -> None:
     g = torch.Generator().manual_seed(0)
     theta = torch.randn(50, 4, generator=g).softmax(1)

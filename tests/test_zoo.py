@@ -136,6 +136,19 @@ def test_what_a_file_would_not_give_back_is_not_saved(tmp_path: Path) -> None:
     assert zoo.save(block(), path, name="a", input_shape=shape) == zoo.card(path)
 
 
+def test_a_network_is_shelved_whole_or_not_at_all(tmp_path: Path) -> None:
+    """Whatever module is refused: no file is there, and no folder that was not there before."""
+    net, shape = network(seed=0), [3, 32, 32]
+    with pytest.raises(ValueError, match="does not run on inputs of shape"):
+        zoo.shelve(net, tmp_path / "shelf", name="net", input_shape=[1, 8, 8])
+    with pytest.raises(ValueError, match="of type float64"):
+        zoo.shelve(net, tmp_path / "shelf", name="net", input_shape=shape, accuracy=np.float64(1))
+    next(net[2].parameters()).data.fill_(float("nan"))
+    with pytest.raises(ValueError, match="net-module2 gives NaN or infinity"):
+        zoo.shelve(net, tmp_path / "shelf", name="net", input_shape=shape)
+    assert not any(tmp_path.iterdir())
+
+
 def test_a_shelf_is_never_overwritten(tmp_path: Path) -> None:
     zoo.shelve(network(seed=0), tmp_path, name="net", input_shape=[3, 32, 32])
     (tmp_path / "net-module0.pt").unlink()
