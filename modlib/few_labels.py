@@ -35,6 +35,7 @@ from modlib.objectives.supervised import check_labels
 Features = tuple[Tensor, Tensor]  # unit feature vectors (n, D) and labels (n,)
 
 _SLACK = 1e-6  # inner products of float32 features are off by so much: one on the edge still counts
+_TIE = 1e-12  # and the same sum in another order, in float64, by less: a tie is a tie on every processor
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,7 @@ def anchor_bound(anchors: Tensor, features: Tensor, labels: Tensor) -> AnchorBou
     room = 1 - threshold  # none where two anchors coincide: then nothing is known
     markov = torch.where(room > _SLACK, ((1 - means + _SLACK) / room).clamp(0, 1), 1.0)
     return AnchorBound(
-        _share(others >= own),
+        _share(others >= own - _TIE),
         _share(own <= threshold[labels] + _SLACK),
         float((shares * markov).sum()),
         nearest,

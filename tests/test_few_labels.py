@@ -66,6 +66,17 @@ def test_the_threshold_cannot_be_lowered(cosine: float) -> None:
     assert math.isclose(float(halfway @ two[0]), math.sqrt((1 + cosine) / 2), abs_tol=1e-12)
 
 
+def test_a_tie_errs_whatever_the_last_bit_says() -> None:
+    """Halfway between two anchors: an error by definition, on every processor and in every direction."""
+    for seed in range(200):
+        g = torch.Generator().manual_seed(seed)
+        two = F.normalize(torch.randn(2, 7, generator=g, dtype=torch.float64), dim=1)
+        halfway = F.normalize(two.sum(0, keepdim=True), dim=1)
+        for own in (0, 1):
+            found = anchor_bound(two, halfway, torch.tensor([own]))
+            assert found.error == found.counted == 1.0
+
+
 def test_anchors_that_coincide_tell_nothing() -> None:
     """Two classes collapsed into one point: every answer is wrong, and both bounds say so."""
     point = torch.tensor([[1.0, 0.0], [1.0, 0.0]])
