@@ -142,7 +142,7 @@ def fit(
         FloatingPointError: an objective, a weight or the network's output became infinite or NaN; the
             checkpoint holds the last good epoch.
     """
-    _check_kind("net", net, nn.Module, "modlib.networks.cnn()")
+    _check_kind("net", net, nn.Module, "modlib.networks.mlp([64, 10])")
     _check_kind("method", method, Method, "modlib.methods.E2EBP()")
     _check_kind("data", data, Dataset, "modlib.data.load('digits')")
     if after_epoch is not None and not callable(after_epoch):

@@ -5,7 +5,6 @@ One case for each ``raise`` of the package; the last test counts them.
 
 from __future__ import annotations
 
-import ast
 import re
 import shlex
 from collections.abc import Callable, Iterator
@@ -18,6 +17,7 @@ from urllib.error import URLError
 import numpy as np
 import pytest
 import torch
+from advice import Call, Case, advised, unreached
 from PIL import Image
 from scipy.io import savemat
 
@@ -26,9 +26,7 @@ from modlib import cli
 from modlib.data import Augment, Dataset, Loader, explain, load, sources
 from modlib.data.cache import write
 
-PACKAGE = Path(modlib.data.__file__).parent
-Call = Callable[[], Any]
-Case = tuple[Call, list[Call]]  # what is wrong, and what is advised
+FILES = sorted(Path(modlib.data.__file__).parent.glob("*.py"))
 
 rng = np.random.default_rng(0)
 IMAGES = rng.integers(0, 256, (40, 12, 12, 3), np.uint8)
@@ -497,40 +495,9 @@ def world(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     yield
 
 
-def where(error: BaseException | None) -> set[tuple[str, int]]:
-    """File and line of the last step inside the package, of an error and of those it came from."""
-    if error is None:
-        return set()
-    trace, last = error.__traceback__, None
-    while trace:
-        file = Path(trace.tb_frame.f_code.co_filename)
-        if file.parent == PACKAGE:
-            last = (file.name, trace.tb_lineno)
-        trace = trace.tb_next
-    return ({last} if last else set()) | where(error.__cause__)
-
-
-def advised(case: Case) -> set[tuple[str, int]]:
-    wrong, right = case
-    with pytest.raises((ValueError, TypeError, OSError)) as error:
-        wrong()
-    message = str(error.value)
-    assert "\n" not in message and message.endswith("."), message
-    for call in right:
-        call()
-    return where(error.value)
-
-
 def test_every_piece_of_advice_works(tmp_path: Path) -> None:
-    reached = {place for case in PLAIN.values() for place in advised(case)}
+    reached = {place for case in PLAIN.values() for place in advised(case, FILES)}
     for make in ON_DISK:
         (tmp_path / make.__name__).mkdir()
-        reached |= advised(make(tmp_path / make.__name__))
-    missed = []
-    for file in PACKAGE.glob("*.py"):
-        for node in ast.walk(ast.parse(file.read_text())):
-            if isinstance(node, ast.Raise) and node.exc and node.end_lineno:
-                lines = range(node.lineno, node.end_lineno + 1)
-                if not reached & {(file.name, line) for line in lines}:
-                    missed.append(f"{file.name}:{node.lineno} {ast.unparse(node)}")
-    assert missed == []
+        reached |= advised(make(tmp_path / make.__name__), FILES)
+    assert unreached(FILES, reached) == []

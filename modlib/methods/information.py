@@ -150,6 +150,7 @@ def unformatted_accuracy(net: nn.Module, data: Dataset, batch_size: int = 500) -
 
     Raises:
         ValueError: the activations are not one for each class.
+        FloatingPointError: an activation is infinite or NaN.
 
     Source: Ma, Lewis & Kleijn 2020 (arXiv 1908.01580), "unformatted" training.
 
@@ -178,6 +179,10 @@ def _counts(net: nn.Module, data: Dataset, split: Split, batch_size: int) -> Ten
                 raise ValueError(
                     f"net: its output has shape {tuple(h.shape[1:])}, but {data.name!r} has {classes} "
                     "classes; give modules that end in one output for each."
+                )
+            if not bool(h.isfinite().all()):
+                raise FloatingPointError(
+                    "net: its output is infinite or NaN; train it anew at a lower learning rate."
                 )
             counts += _table(h.argmax(1), y, classes).cpu()
     return counts
