@@ -130,8 +130,8 @@ PLAIN: dict[str, Case] = {
         [loaded(sampler="stratified"), loaded(sampler="uniform", shuffle=False)],
     ),
     "stratified": (
-        loaded(sampler="stratified", batch_size=7),
-        [loaded(sampler="stratified", batch_size=n) for n in (8, 40)],
+        loaded(sampler="stratified", batch_size=2),
+        [loaded(sampler="stratified", batch_size=n) for n in (3, 40)],
     ),
     "resize": (lambda: load("moons", size=8), [lambda: load("moons")]),
     "name": (lambda: load("digit"), [lambda: load("digits")]),

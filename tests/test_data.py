@@ -603,7 +603,7 @@ def test_sample_is_plain_fixed_and_mixed() -> None:
         ({"sampler": "balanced"}, "sampler is 'balanced'"),
         ({"sampler": "stratified", "shuffle": False}, "full batches in random order"),
         ({"sampler": "stratified", "drop_last": False}, "full batches in random order"),
-        ({"sampler": "stratified", "batch_size": 7}, "take a number from 8 .two of each class"),
+        ({"sampler": "stratified", "batch_size": 2}, "from 3 .two of a class and one of another"),
         ({"memory": "disk"}, "memory is 'disk'"),
         ({"device": "gpu"}, "device is 'gpu'"),
         ({"augment": Augment(pad=12)}, "augment pads by 12 but made has a side of 12"),
@@ -689,6 +689,27 @@ def test_a_stratified_batch_holds_each_class_in_proportion_and_two_of_each(
             assert np.bincount(rows.ravel()).max() == 1  # none twice in an epoch
             in_all = len(rows) * batch_size * have
             assert (held.sum(0) >= in_all // n).all() and (held.sum(0) <= -(-in_all // n)).all()
+
+
+@pytest.mark.parametrize(("classes", "batch_size"), [(2, 3), (10, 4), (10, 7), (100, 16), (6, 9)])
+def test_a_small_stratified_batch_holds_pairs_of_as_many_classes_as_it_can(
+    classes: int, batch_size: int
+) -> None:
+    counts = np.arange(classes) % 5 + 2
+    counts[-1] = 1 if classes > 2 else 2  # which has no pair
+    labels = np.repeat(np.arange(classes), counts)
+    seen = np.zeros(classes, int)
+    for seed in range(30):
+        rows = stratified_batches(labels, batch_size, np.random.default_rng(seed))
+        assert all(len(set(row)) == batch_size for row in rows.tolist())
+        held = np.stack([np.bincount(labels[row], minlength=classes) for row in rows])
+        pairs, ones = (held == 2).sum(1), (held == 1).sum(1)
+        assert (pairs == batch_size // 2).all() and (ones == batch_size % 2).all()
+        assert pairs[0] * 2 + ones[0] == batch_size
+        mine = held.astype(bool).sum(0)
+        assert np.ptp(mine[counts >= 2]) <= 1  # equally often
+        seen += mine
+    assert (seen > 0).tolist() == (counts >= 2).tolist()
 
 
 def test_stratified_batches_come_in_another_order_each_epoch_and_in_the_same_again() -> None:

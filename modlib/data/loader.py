@@ -41,8 +41,9 @@ class Loader:
         memory: "device" holds the images there, "map" leaves them where they are, "auto" holds
             them if they take no more than half of the memory that is free.
         sampler: "uniform" deals the shuffled images out; "stratified" fills each batch with every
-            class in proportion, and at least two of each class that has two (for losses on pairs).
-            Images of a rare class then come more than once an epoch.
+            class in proportion, and at least two of each class that has two (for losses on pairs), or
+            two of as many classes as there is room for. Images of a rare class then come more than once
+            an epoch.
 
     Attributes:
         n: number of images.

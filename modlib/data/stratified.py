@@ -1,7 +1,8 @@
 """Batches in which every class keeps its share, and no class is alone.
 
 A loss on pairs needs two of a class in the batch. With 5 % positives and batches of 16, four random
-batches in five do not hold two. Here a batch holds every class in proportion, and at least two of each.
+batches in five do not hold two. Here a batch holds every class in proportion, and at least two of each; where
+it has no room for that, two of as many classes as it has room for.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ def stratified_batches(labels: Labels, batch_size: int, rng: np.random.Generator
 
     A class whose share of a batch is s images has floor(s) or ceil(s) in each, in the epoch as many
     as its share, none twice. A class with s < 2 is lifted to two in each batch: its images come
-    several times an epoch, never twice in a batch.
+    several times an epoch, never twice in a batch. A batch too small for two of each holds two of some
+    classes (and one of another, if its size is odd), all classes equally often.
 
     Args:
         labels: (N,).
@@ -48,19 +50,19 @@ def stratified_batches(labels: Labels, batch_size: int, rng: np.random.Generator
 
 
 def smallest_batch(labels: Labels) -> int:
-    """The least ``batch_size``: two of each class that has two images.
+    """The least ``batch_size``: two of a class and one of another, if there are two such classes.
 
     >>> smallest_batch(np.array([0, 0, 0, 1, 1, 2]))
-    4
+    3
     """
-    return max(1, 2 * int((np.bincount(labels) >= 2).sum()))
+    return min(3, max(1, 2 * int((np.bincount(labels) >= 2).sum())))
 
 
 def lonely(labels: Labels, batch_size: int) -> bool:
-    """Has a class fewer than two images in a mean batch, where there would be room for two of each?
+    """Has a class fewer than two images in a mean batch, where there would be room for pairs?
 
     >>> labels = np.array([0] * 95 + [1] * 5)
-    >>> [lonely(labels, size) for size in (3, 4, 39, 40)]
+    >>> [lonely(labels, size) for size in (2, 3, 39, 40)]
     [False, True, True, False]
     """
     counts = np.bincount(labels)
@@ -73,24 +75,36 @@ def check_batch(labels: Labels, batch_size: int) -> None:
     least = smallest_batch(labels)
     if not least <= batch_size <= len(labels):
         raise ValueError(
-            f"batch_size is {batch_size}; stratified batches take a number from {least} (two of each "
-            f"class) to {len(labels)} (all images)."
+            f"batch_size is {batch_size}; stratified batches take a number from {least} (two of a class "
+            f"and one of another) to {len(labels)} (all images)."
         )
 
 
 def _quotas(counts: Integers, batch_size: int, batches: int, rng: np.random.Generator) -> Integers:
-    """Images of each class in each batch, (batches, classes); rows add up to ``batch_size``.
+    """Images of each class in each batch, (batches, classes); rows add up to ``batch_size``."""
+    paired = counts >= 2
+    if batch_size >= 2 * paired.sum():
+        return _dealt(*_shares(counts, batch_size), batches, rng)
+    chosen = -(-batch_size // 2)  # classes in a batch
+    quotas = 2 * _dealt(chosen * paired, int(paired.sum()), batches, rng)
+    if batch_size % 2:
+        one = (rng.random(quotas.shape) * quotas).argmax(1)  # of the chosen, drawn at random
+        quotas[np.arange(batches), one] = 1
+    return quotas
+
+
+def _dealt(share: Integers, unit: int, batches: int, rng: np.random.Generator) -> Integers:
+    """How many each class gets in each batch, (batches, classes), if its share is share/unit.
 
     Systematic sampling: the shares of a batch are laid end to end, and a comb with one tooth an
     image is dropped on them. Over the batches the comb moves by 1/batches of a tooth; by Hermite's
     identity a class then gets, in all, its share of the epoch. Integers throughout.
     """
-    share, unit = _shares(counts, batch_size)
-    classes = rng.permutation(len(counts))  # neighbours shut each other out: other ones each epoch
+    classes = rng.permutation(len(share))  # neighbours shut each other out: other ones each epoch
     ends = batches * share[classes].cumsum()
     comb = unit * rng.permutation(batches) + rng.integers(unit)
     teeth = (ends + comb[:, None]) // (unit * batches)
-    quotas = np.empty((batches, len(counts)), np.int64)
+    quotas = np.empty((batches, len(share)), np.int64)
     quotas[:, classes] = np.diff(teeth, axis=1, prepend=0)
     return quotas
 
