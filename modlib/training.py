@@ -44,7 +44,7 @@ class History:
         rows: one for each epoch: ``stage``, ``epoch`` (within the stage), ``losses`` (the mean of
             each trained module's objective) and ``test_accuracy`` (None until the last module is
             trained); and ``skipped``, if there were any, the number of batches without the pairs of
-            images that an objective needs.
+            images that an objective needs (if those were all, the epoch's losses are None).
         seconds: training time of each row; apart, because it is the one thing that never repeats.
         batch_size: images in each step: what was asked for, or all training images if they are fewer.
     """
@@ -241,8 +241,8 @@ class _Run:
 
     def _epoch(
         self, stage: Stage, batches: Batches, number: int, epoch: int, progress: bool
-    ) -> tuple[Tensor, int]:
-        """Train for an epoch: each objective's mean, and how many batches were skipped."""
+    ) -> tuple[Tensor | None, int]:
+        """Train for an epoch: each objective's mean, if any, and how many batches were skipped."""
         stage.train()
         steps = batches.epoch(self.settings.seed, epoch)
         total = self.epochs[number] * len(batches)
@@ -254,14 +254,12 @@ class _Run:
                 continue
             self._set_rate(stage, step / total)
             losses = losses + stage.step(x, y)
-        if skipped == len(batches):
-            raise ValueError(
-                f"Stage {number}, epoch {epoch}: none of its {skipped} batches has the pairs of images "
-                "that an objective needs; give a larger batch_size."
-            )
-        return losses / (len(batches) - skipped), skipped
+        taken = len(batches) - skipped
+        return losses / taken if taken else None, skipped
 
-    def _row(self, number: int, epoch: int, losses: Tensor, skipped: int, data: Dataset) -> Row:
+    def _row(
+        self, number: int, epoch: int, losses: Tensor | None, skipped: int, data: Dataset
+    ) -> Row:
         """What the history says of an epoch.
 
         Raises:
@@ -269,7 +267,7 @@ class _Run:
         """
         stage = self.stages[number]
         wrong = ""
-        if not bool(losses.isfinite().all()):
+        if losses is not None and not bool(losses.isfinite().all()):
             wrong = f"an objective became {losses.tolist()}"
         elif not _finite(stage):
             wrong = "weights became infinite or NaN in its last steps"
@@ -277,7 +275,8 @@ class _Run:
             raise FloatingPointError(
                 f"Stage {number}, epoch {epoch}: {wrong}; lower the learning rate."
             )
-        row: Row = {"stage": number, "epoch": epoch, "losses": losses.tolist()}
+        means = [None] * len(stage.modules) if losses is None else losses.tolist()
+        row: Row = {"stage": number, "epoch": epoch, "losses": means}
         row["test_accuracy"] = evaluate(self.net, data).accuracy if stage.complete else None
         return row | ({"skipped": skipped} if skipped else {})
 

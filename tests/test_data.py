@@ -45,7 +45,7 @@ from modlib.data import loader as loader_file
 from modlib.data.augment import Windows, cutout_mask, pad_images, spans, spans_by_index
 from modlib.data.cache import PARTS, read, root_folder, write, writing
 from modlib.data.dataset import statistics
-from modlib.data.stratified import stratified_batches
+from modlib.data.stratified import lonely, stratified_batches
 
 # --------------------------------------------------------------------------- what tests use
 
@@ -665,6 +665,7 @@ def unbalanced(counts: tuple[int, ...]) -> Dataset:
         ((95, 5), 4),  # no more than two of each
         ((19, 19, 19), 7),  # an odd remainder
         ((300, 2, 1, 40), 10),  # a class of two, a class of one
+        ((4, 1), 3),
         ((2, 2, 2), 6),  # the whole set
         ((0, 30, 0, 30), 9),  # numbers that no image has
     ],
@@ -679,10 +680,11 @@ def test_a_stratified_batch_holds_each_class_in_proportion_and_two_of_each(
         assert rows.shape == (n // batch_size, batch_size)
         assert all(len(set(row)) == batch_size for row in rows.tolist())  # none twice in a batch
         held = np.stack([np.bincount(labels[row], minlength=len(counts)) for row in rows])
-        assert (held[:, have >= 2] >= 2).all()
-        lifted = (have >= 2) & (batch_size * have < 2 * n)
+        least = np.minimum(have, 2)
+        assert (held >= least).all()
+        lifted = batch_size * have < least * n
         if lifted.any():
-            assert (held[:, lifted] == 2).all()
+            assert (held[:, lifted] == least[lifted]).all()
         else:
             assert (held >= batch_size * have // n).all()
             assert (held <= -(-batch_size * have // n)).all()
@@ -710,6 +712,18 @@ def test_a_small_stratified_batch_holds_pairs_of_as_many_classes_as_it_can(
         assert np.ptp(mine[counts >= 2]) <= 1  # equally often
         seen += mine
     assert (seen > 0).tolist() == (counts >= 2).tolist()
+
+
+def test_single_images_have_their_share_where_there_is_no_room_for_all() -> None:
+    labels = np.repeat(np.arange(10), [20, *[1] * 9])
+    rows = np.concatenate(
+        [stratified_batches(labels, 8, np.random.default_rng(seed)) for seed in range(300)]
+    )
+    singles = (labels[rows] > 0).sum(1)
+    assert abs(singles.mean() - 8 * 9 / 29) < 0.1 and (singles <= 6).all()
+    assert [lonely(labels, size) for size in (2, 8, 11)] == [False, False, True]
+    alone = np.arange(40)  # no class has a pair: dealt out as ever
+    assert not any(lonely(alone, size) for size in range(1, 40))
 
 
 def test_stratified_batches_come_in_another_order_each_epoch_and_in_the_same_again() -> None:

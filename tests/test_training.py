@@ -24,7 +24,7 @@ from modlib.checkpoints import Checkpoint
 from modlib.data import Augment, Dataset, Loader
 from modlib.methods import E2EBP, LocalLearning, ProxyObjective, Stage, sgd
 from modlib.network import ModularNetwork, partition
-from modlib.objectives import Objective, SupCon
+from modlib.objectives import NMSE, Objective, SupCon
 from modlib.training import History, evaluate, fit, pick_device
 
 quiet_fit = partial(fit, progress=False)
@@ -577,15 +577,39 @@ def test_rare_classes_come_in_pairs(
 
 
 def test_batches_without_pairs_are_skipped_and_counted(digits: Dataset) -> None:
-    """Batches of 3 have no room for two of each class; those of one class teach nothing."""
+    """Batches of 2 have no room for a pair and another; those of one class teach nothing."""
     data = imbalanced(positives=250, n=510)
-    history = quiet_fit(
-        blob_net(0), ProxyObjective(SupCon(kernel="relu")), data, epochs=1, batch_size=3
-    )
-    labels = [y for _, y in Loader(data, batch_size=3).epoch(0, 0)]
+    history = quiet_fit(blob_net(0), ProxyObjective(NMSE("relu")), data, epochs=1, batch_size=2)
+    labels = [y for _, y in Loader(data, batch_size=2).epoch(0, 0)]
     alone = sum(len(set(y.tolist())) == 1 for y in labels)
     assert [row.get("skipped") for row in history.rows] == [alone, None]  # the head takes them all
     assert 0 < alone < len(labels)
+
+
+def test_an_epoch_may_have_no_batch_with_a_pair() -> None:
+    """The one image of its class may be left out as the remainder; the run goes on."""
+    data, seed = imbalanced(positives=1, n=5), 1
+    loader = Loader(data, batch_size=2)
+    there = [any(bool(y.any()) for _, y in loader.epoch(seed, e)) for e in range(20)]
+    assert there[0] and not all(there)
+    learner = ProxyObjective(NMSE("relu"))
+    history = quiet_fit(
+        blob_net(0), learner, data, epochs=20, batch_size=2, seed=seed, schedule="constant"
+    )
+    rows = [row for row in history.rows if row["stage"] == 0]
+    assert [row["losses"] != [None] for row in rows] == there
+    assert [row["skipped"] for row in rows] == [1 if pair else 2 for pair in there]
+
+
+@pytest.mark.parametrize("batch_size", [3, 4, 6])
+def test_batches_smaller_than_two_of_each_class_have_pairs(
+    digits: Dataset, batch_size: int
+) -> None:
+    few = digits.subset(n_train=30)
+    for seed in range(3):
+        learner = ProxyObjective(SupCon(kernel="relu"))
+        history = quiet_fit(tiny_net(), learner, few, epochs=3, batch_size=batch_size, seed=seed)
+        assert not any("skipped" in row for row in history.rows)
 
 
 def test_data_without_any_pair_are_refused_before_training(digits: Dataset) -> None:

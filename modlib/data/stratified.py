@@ -19,9 +19,9 @@ def stratified_batches(labels: Labels, batch_size: int, rng: np.random.Generator
     """Positions of the images of each batch, (len(labels) // batch_size, batch_size).
 
     A class whose share of a batch is s images has floor(s) or ceil(s) in each, in the epoch as many
-    as its share, none twice. A class with s < 2 is lifted to two in each batch: its images come
-    several times an epoch, never twice in a batch. A batch too small for two of each holds two of some
-    classes (and one of another, if its size is odd), all classes equally often.
+    as its share, none twice. A class with s < 2 is lifted to two in each batch (one, if it has but one
+    image): its images come several times an epoch, never twice in a batch. A batch too small for two of
+    each holds two of some classes (and one of another, if its size is odd), all classes equally often.
 
     Args:
         labels: (N,).
@@ -50,24 +50,25 @@ def stratified_batches(labels: Labels, batch_size: int, rng: np.random.Generator
 
 
 def smallest_batch(labels: Labels) -> int:
-    """The least ``batch_size``: two of a class and one of another, if there are two such classes.
+    """The least ``batch_size``: two of a class and one of another.
 
     >>> smallest_batch(np.array([0, 0, 0, 1, 1, 2]))
     3
     """
-    return min(3, max(1, 2 * int((np.bincount(labels) >= 2).sum())))
+    counts = np.bincount(labels)
+    return 3 if (counts > 0).sum() > 1 and (counts > 1).any() else 1
 
 
 def lonely(labels: Labels, batch_size: int) -> bool:
-    """Has a class fewer than two images in a mean batch, where there would be room for pairs?
+    """Has a class fewer images in a mean batch than it would have in a stratified one?
 
     >>> labels = np.array([0] * 95 + [1] * 5)
     >>> [lonely(labels, size) for size in (2, 3, 39, 40)]
     [False, True, True, False]
     """
     counts = np.bincount(labels)
-    least = int(counts[counts >= 2].min(initial=len(labels)))
-    return smallest_batch(labels) <= batch_size and least * batch_size < 2 * len(labels)
+    fewer = counts * batch_size < _least(counts, batch_size) * len(labels)
+    return smallest_batch(labels) <= batch_size and bool(fewer.any())
 
 
 def check_batch(labels: Labels, batch_size: int) -> None:
@@ -82,9 +83,9 @@ def check_batch(labels: Labels, batch_size: int) -> None:
 
 def _quotas(counts: Integers, batch_size: int, batches: int, rng: np.random.Generator) -> Integers:
     """Images of each class in each batch, (batches, classes); rows add up to ``batch_size``."""
-    paired = counts >= 2
-    if batch_size >= 2 * paired.sum():
+    if batch_size >= _least(counts, batch_size).sum():
         return _dealt(*_shares(counts, batch_size), batches, rng)
+    paired = counts >= 2
     chosen = -(-batch_size // 2)  # classes in a batch
     quotas = 2 * _dealt(chosen * paired, int(paired.sum()), batches, rng)
     if batch_size % 2:
@@ -109,14 +110,21 @@ def _dealt(share: Integers, unit: int, batches: int, rng: np.random.Generator) -
     return quotas
 
 
+def _least(counts: Integers, batch_size: int) -> Integers:
+    """How many images of each class a batch should hold: two, or one where there is but one."""
+    least = np.minimum(counts, 2)
+    return least if least.sum() <= batch_size else np.where(counts >= 2, 2, 0)
+
+
 def _shares(counts: Integers, batch_size: int) -> tuple[Integers, int]:
     """Each class's share of a batch, in units of 1/unit images: (classes,) and unit."""
+    least = _least(counts, batch_size)
     lifted = np.zeros(len(counts), bool)
     while True:
-        rest = batch_size - 2 * int(lifted.sum())
+        rest = batch_size - int(least[lifted].sum())
         unit = max(1, int(counts[~lifted].sum()))
-        share = np.where(lifted, 2 * unit, rest * counts)
-        rare = (counts >= 2) & (share < 2 * unit)
+        share = np.where(lifted, least * unit, rest * counts)
+        rare = share < least * unit
         if not rare.any():
             return share, unit
         lifted |= rare
