@@ -84,7 +84,7 @@ class _InfoProSquared(InformationPropagation):
 
 # Weights of (reconstruction, labels) of the first and the last hidden module, by number of modules: those
 # published for 2, and for 4, with λ1 by 8. The published reconstruction is a cross-entropy of pixels in
-# [0, 1], whose excess over its least value is about an eighth of the squared error of the small recipes.
+# [0, 1], whose excess over its least value is about an eighth or more of the small recipes' squared error.
 _INFOPRO: dict[int, tuple[tuple[float, float], tuple[float, float] | None]] = {
     2: ((5 / 8, 0.5), None),
     3: ((1 / 8, 0.0), (0.0, 1.0)),
