@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from modlib.tokens import pooled
+
 _POOL = 4  # side of the average pooling window in "relu-pool"
 
 
@@ -54,17 +56,19 @@ class Kernel:
     ceiling: float = 1.0
 
     def gram(self, h: Tensor) -> Tensor:
-        """The Gram matrix (N, N) of module outputs h (N, d) or (N, C, H, W)."""
+        """The Gram matrix (N, N) of module outputs h (N, d), (N, C, H, W), or tokens (N, T, d)."""
         features = self.features(h)
         return features @ features.T
 
     def features(self, h: Tensor) -> Tensor:
         """Feature vectors (N, D) of norm 1, in float32 at least (a norm in float16 may be 0 or ∞).
 
+        Tokens (N, T, d) are taken by their mean.
+
         Raises:
             TypeError: the kernel has no finite map.
         """
-        return F.normalize(_ACTIVATIONS[self.name](wide(h)).flatten(1), dim=1, eps=1e-12)
+        return F.normalize(_ACTIVATIONS[self.name](pooled(wide(h))).flatten(1), dim=1, eps=1e-12)
 
 
 @dataclass(frozen=True)
@@ -89,7 +93,7 @@ class Gaussian(Kernel):
         object.__setattr__(self, "width", float(width))
 
     def gram(self, h: Tensor) -> Tensor:
-        h = wide(h).flatten(1)
+        h = pooled(wide(h)).flatten(1)
         squares = h.square().sum(1)
         distances = squares[:, None] + squares[None, :] - 2 * h @ h.T
         return torch.exp(-distances.clamp_min(0) / (2 * self.width**2))
@@ -131,7 +135,7 @@ def get(kernel: str | Kernel) -> Kernel:
 
 
 def gram(h: Tensor, kernel: str | Kernel = "relu") -> Tensor:
-    """Gram matrix (N, N) of module outputs h, shape (N, d) or (N, C, H, W)."""
+    """Gram matrix (N, N) of module outputs h: (N, d), (N, C, H, W), or tokens (N, T, d)."""
     return get(kernel).gram(h)
 
 
@@ -153,7 +157,7 @@ def ideal_gram(y: Tensor, kernel: str | Kernel = "relu") -> Tensor:
 class FeatureMap(nn.Module):
     r"""The first layer of an output module: :math:`\varphi(u) = \mathrm{act}(u)/\lVert\mathrm{act}(u)\rVert`.
 
-    Maps (N, d) or (N, C, H, W) to unit vectors (N, D). It has no parameters and stays in the
+    Maps (N, d), (N, C, H, W) or tokens (N, T, d) to unit vectors (N, D). It has no parameters and stays in the
     deployed network, whichever method trains it: the theorems are about networks that contain it.
 
     Args:

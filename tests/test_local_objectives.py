@@ -523,7 +523,7 @@ def test_auglocal_refuses_what_it_cannot_copy(digits: Dataset) -> None:
         AugLocal().stages(plain, x)
     dense = partition(networks.mlp([64, 8, 10]), 2)
     with pytest.raises(
-        ValueError, match=r"end with maps \(C, H, W\), but one ends with shape \(8,\)"
+        ValueError, match=r"end with maps .* or tokens \(T, d\), but one ends with shape \(8,\)"
     ):
         AugLocal().stages(dense, x)
     shrunk = [
@@ -691,8 +691,8 @@ def test_objectives_that_are_not_ready_say_what_they_need() -> None:
     for objective in (PredSim(CLASSES), MonoForward()):
         with pytest.raises(ValueError, match="no network yet; call"):
             objective(h, y)
-    with pytest.raises(ValueError, match=r"has shape \(7, 8\); use projection=None"):
-        SimilarityMatching(projection="learned").for_module((7, 8), CLASSES)
+    with pytest.raises(ValueError, match=r"has shape \(6, 7, 8, 9\); use projection=None"):
+        SimilarityMatching(projection="learned").for_module((6, 7, 8, 9), CLASSES)
 
 
 def test_options_that_cannot_be_are_refused() -> None:

@@ -416,8 +416,8 @@ def test_auxiliary_networks_that_cannot_be_are_refused() -> None:
     with pytest.raises(ValueError, match="no network yet"):
         AuxiliaryClassifier()(torch.zeros(2, 3), torch.zeros(2, dtype=torch.long))
     for kind in ("linear", "mlp", "mlp-sr", "cnn"):
-        with pytest.raises(ValueError, match=r"needs .*\(C, H, W\).*has shape \(7, 8\)"):
-            AuxiliaryClassifier(kind).for_module((7, 8), 2)
+        with pytest.raises(ValueError, match=r"needs .*\(C, H, W\).*has shape \(6, 7, 8, 9\)"):
+            AuxiliaryClassifier(kind).for_module((6, 7, 8, 9), 2)
     with pytest.raises(ValueError, match="network='cnn' needs maps"):
         AuxiliaryClassifier("cnn").for_module((7,), 2)
 

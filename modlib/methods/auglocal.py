@@ -2,8 +2,8 @@ r"""AugLocal: a module's classifier begins with layers like those that follow it
 
 .. math:: L_k = \mathrm{CE}\bigl(W\, \mathrm{pool}(g_{d_k} \circ \dots \circ g_1 (h_k)), y\bigr)
 
-Count the network's L convolutional layers from 0, and let module k end with layer l. Then
-:math:`g_i` is a freshly initialised copy of layer
+Count the network's L convolutional layers from 0 (in a transformer, the embedding and the blocks), and
+let module k end with layer l. Then :math:`g_i` is a freshly initialised copy of layer
 
 .. math:: \mathrm{round}\Bigl(l + \frac{L - 1 - l}{d_k}\, i\Bigr), \quad i = 1, \dots, d_k, \qquad
           d_k = \max\Bigl(1, \mathrm{round}\bigl(d\,(1 - \tfrac{l c}{L - 2})
@@ -33,6 +33,7 @@ from modlib.networks.cnn import ConvUnit
 from modlib.networks.residual import ResidualUnit
 from modlib.networks.seeding import redraw
 from modlib.objectives import AuxiliaryClassifier, Objective
+from modlib.tokens import MeanToken
 
 
 class AugLocal(LocalLearning):
@@ -44,6 +45,9 @@ class AugLocal(LocalLearning):
     ``modlib.networks.cnn`` and ``resnet`` and the blocks of torchvision's ResNets can be copied; what
     has no convolution (a stem's batch norm, pooling, a classifier) is not counted as a layer.
 
+    The blocks of a transformer count as layers too, and are copied as they are; layer norm, the mean of
+    the tokens and a linear layer follow the last copy. (Not in the paper.)
+
     Published setting: every residual block, and the stem, a module; SGD with Nesterov momentum
     0.9, weight decay 1e-4, batches of 1024 at rate 0.8, cosine over 400 epochs.
 
@@ -54,7 +58,7 @@ class AugLocal(LocalLearning):
 
     Raises:
         ValueError: an argument is out of range; or (when training starts) a hidden module's output is
-            no map, or a chosen layer cannot be copied or made to fit.
+            neither map nor tokens, or a chosen layer cannot be copied or made to fit.
 
     >>> import modlib
     >>> net = modlib.networks.cnn((4, 8), channels=1, size=8, stride=1, kernel="relu", seed=0)
@@ -109,7 +113,7 @@ def chosen_layers(layer: int, layers: int, depth: int, shrink: float = 0.5) -> l
 
 
 class _Unit(NamedTuple):
-    """A layer that has a convolution: its name, itself, and its output's shape (C, H, W)."""
+    """A layer that counts: its name, itself, and its output's shape, (C, H, W) or (T, d)."""
 
     name: str
     layer: nn.Module
@@ -117,46 +121,59 @@ class _Unit(NamedTuple):
 
 
 def _units(net: ModularNetwork, x: Tensor) -> tuple[list[_Unit], list[int]]:
-    """All layers that have a convolution; and for each module the last of them by its end."""
+    """All layers that count; and for each module the last of them by its end."""
     units: list[_Unit] = []
     ends = []
     with evaluating(net):
         for module, names in zip(net, net.names, strict=True):
             for name, layer in zip(names, module, strict=True):
                 x = layer(x)
-                if any(isinstance(part, nn.Conv2d) for part in layer.modules()):
+                if _counts(layer, x):
                     units.append(_Unit(name, layer, tuple(x.shape[1:])))
             ends.append(len(units) - 1)
     return units, ends
+
+
+def _counts(layer: nn.Module, output: Tensor) -> bool:
+    """Has it a convolution, or, where tokens come out, a linear layer?"""
+    kinds = (nn.Conv2d, nn.Linear) if output.dim() == 3 else nn.Conv2d
+    return any(isinstance(part, kinds) for part in layer.modules())
 
 
 # --- the classifier -------------------------------------------------------------------------------
 
 
 def _classifier(units: list[_Unit], shape: tuple[int, ...], classes: int) -> nn.Sequential:
-    if len(shape) != 3:
+    if len(shape) not in (2, 3):
         raise ValueError(
-            f"net: AugLocal needs hidden modules that end with maps (C, H, W), but one ends with "
-            f"shape {shape}; cut the network before the layer that flattens."
+            f"net: AugLocal needs hidden modules that end with maps (C, H, W) or tokens (T, d), but one "
+            f"ends with shape {shape}; cut the network before the layer that flattens."
         )
     shapes = [shape, *(unit.shape for unit in units)]
     copies = [
         _fitted(unit, before) for unit, (before, _) in zip(units, pairwise(shapes), strict=True)
     ]
+    if len(shape) == 2:
+        width = shape[1]
+        return nn.Sequential(*copies, nn.LayerNorm(width), MeanToken(), nn.Linear(width, classes))
     # A residual block has ended with a ReLU, which a second one leaves as it is.
     end = [nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(shapes[-1][0], classes)]
     return nn.Sequential(*copies, *end)
 
 
 def _fitted(unit: _Unit, before: tuple[int, ...]) -> nn.Module:
-    """A fresh copy that turns maps of shape ``before`` into maps of the unit's own output shape."""
+    """A fresh copy that turns outputs of shape ``before`` into those of the unit's own shape."""
     from torchvision.models.resnet import BasicBlock, Bottleneck  # slow to import, seldom needed
 
     new = copy.deepcopy(unit.layer)
+    if len(before) == 2 and before == unit.shape:  # a transformer's block fits as it is
+        redraw(new)
+        return new
     if not isinstance(new, ConvUnit | ResidualUnit | BasicBlock | Bottleneck):
         raise ValueError(
             f"net: AugLocal cannot copy layer {unit.name!r}, a {type(unit.layer).__name__}; it can copy "
-            "the layers of modlib.networks.cnn and resnet, and torchvision's BasicBlock and Bottleneck."
+            "the layers of modlib.networks.cnn and resnet, torchvision's BasicBlock and Bottleneck, and "
+            "blocks from tokens to as many tokens."
         )
     channels, stride = before[0], _stride(unit, before)
     if isinstance(new, ConvUnit):

@@ -5,6 +5,7 @@ Each is a chain of layers, to be cut by ``modlib.partition``::
     mlp        a multilayer perceptron
     cnn        a plain convolutional network
     resnet     a residual network of 6n + 2 layers
+    vit        a vision transformer
     vgg8b      on which local error signals were published
     patch_cnn  an encoder of patches, for Greedy InfoMax
 
@@ -20,5 +21,6 @@ from modlib.networks.residual import ResidualUnit as ResidualUnit
 from modlib.networks.residual import resnet as resnet
 from modlib.networks.vgg import VGGUnit as VGGUnit
 from modlib.networks.vgg import vgg8b as vgg8b
+from modlib.networks.vit import vit as vit
 
 # There is no __all__: help() would print every member that each layer inherits from torch.

@@ -37,7 +37,8 @@ def redraw(module: nn.Module, seed: int | None = None) -> None:
     False
     """
     with seeded(seed):
-        for part in module.modules():
-            reset = getattr(part, "reset_parameters", None)
-            if callable(reset):
-                reset()
+        for name in ("reset_parameters", "_reset_parameters"):  # attention's come after its parts'
+            for part in module.modules():
+                reset = getattr(part, name, None)
+                if callable(reset):
+                    reset()

@@ -25,6 +25,7 @@ from torch.nn import functional as F
 from modlib.kernels import Gaussian, double, wide
 from modlib.objectives.objective import Objective
 from modlib.objectives.supervised import check_labels
+from modlib.tokens import pooled
 
 _RIDGE = 1e-5  # ε of the paper
 
@@ -66,7 +67,7 @@ class HSIC(Objective):
         return ready
 
     def local(self, h: Tensor, y: Tensor, x: Tensor) -> Tensor:
-        h = h.flatten(1)
+        h = pooled(h).flatten(1)
         _check(h, x.flatten(1), self.bandwidth)
         target = self.target(x, y) if self._held is None else self._held
         with torch.autocast(h.device.type, enabled=False):

@@ -21,6 +21,7 @@ from modlib.kernels import wide
 from modlib.objectives.objective import Objective
 from modlib.objectives.proxy import SupCon
 from modlib.objectives.supervised import cross_entropy
+from modlib.tokens import as_maps, maps_shape
 
 
 class InfoPro(Objective):
@@ -92,10 +93,11 @@ class InfoPro(Objective):
         return not self.pairs or SupCon().accepts(y)
 
     def for_module(self, shape: Sequence[int], classes: int) -> Self:
+        shape = maps_shape(shape)
         if len(shape) != 3:
             raise ValueError(
-                f"InfoPro needs a module's output (C, H, W), not {tuple(shape)}; cut the network "
-                "where it still has maps."
+                f"InfoPro needs a module's output (C, H, W) or the tokens of a square grid of patches, not "
+                f"{tuple(shape)}; cut the network where it still has maps."
             )
         ready = super().for_module(shape, classes)
         ready.decoder = _decoder(shape[0], self.channels)
@@ -143,12 +145,12 @@ class InfoPro(Objective):
                 f"W) from {len(h)} outputs; give the network's input (not stored features) and its "
                 "number of channels."
             )
-        large = F.interpolate(wide(h), x.shape[-2:], mode="bilinear", align_corners=True)
+        large = F.interpolate(as_maps(wide(h)), x.shape[-2:], mode="bilinear", align_corners=True)
         return wide(_made(self.decoder)(large))
 
     def label_loss(self, h: Tensor, y: Tensor) -> Tensor:
         """Loss of the auxiliary network's output."""
-        out = cast(Tensor, _made(self.head)(h))
+        out = cast(Tensor, _made(self.head)(as_maps(h)))
         return SupCon(0.07)(out, y) if self.form == "contrast" else cross_entropy(out, y)
 
     def extra_repr(self) -> str:

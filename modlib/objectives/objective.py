@@ -12,9 +12,9 @@ from torch import Tensor, nn
 class Objective(nn.Module):
     """A local objective: ``objective(h, y)`` is a scalar to be minimised.
 
-    h is a module's output, (N, d) or (N, C, H, W); y are labels (N,). An objective may own
-    trainable parameters (an auxiliary network); they are trained with the module and dropped
-    afterwards.
+    h is a module's output: (N, d), (N, C, H, W), or the tokens (N, T, d) of a transformer, of which the
+    mean is taken (``modlib.tokens``). y are labels (N,). An objective may own trainable parameters (an
+    auxiliary network); they are trained with the module and dropped afterwards.
     """
 
     @property

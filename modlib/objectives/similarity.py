@@ -27,6 +27,7 @@ from torch.nn import functional as F
 from modlib.kernels import wide
 from modlib.objectives.objective import Objective
 from modlib.objectives.supervised import AuxiliaryClassifier, check_labels
+from modlib.tokens import pooled, pooled_shape
 
 _EPSILON = 1e-8  # added to a norm, so that constant features are similar to nothing
 
@@ -37,8 +38,8 @@ class SimilarityMatching(Objective):
     Args:
         classes: of the task, at least 2; None takes what ``for_module`` is told.
         projection: "learned" compares projected outputs, as published: a 3×3 convolution C → C for maps,
-            a linear layer for vectors, both without bias, made by ``for_module``. None compares h
-            itself.
+            a linear layer for vectors and the mean of tokens, both without bias, made by
+            ``for_module``. None compares h itself.
 
     Raises:
         ValueError: ``classes`` is not known when it is called, ``for_module`` has not been called for a
@@ -63,7 +64,7 @@ class SimilarityMatching(Objective):
         ready = super().for_module(shape, classes)
         ready.classes = classes if self.classes is None else self.classes
         if self.projection == "learned":
-            ready.network = _projection(tuple(shape))
+            ready.network = _projection(pooled_shape(shape))
         return ready
 
     def forward(self, h: Tensor, y: Tensor) -> Tensor:
@@ -87,7 +88,7 @@ class SimilarityMatching(Objective):
                 "This SimilarityMatching has no projection yet; call .for_module(shape, classes) with "
                 "the shape of the module's output."
             )
-        return cast(Tensor, self.network(h))
+        return cast(Tensor, self.network(pooled(h)))
 
     def extra_repr(self) -> str:
         return f"classes={self.classes}, projection={self.projection!r}"
@@ -141,14 +142,15 @@ def similarity(x: Tensor) -> Tensor:
     """Correlations (N, N) between the features of x, (N, d) or (N, C, H, W), each clamped to [-1, 1].
 
     Maps with more than 3 channels and more than one row are reduced to the standard deviations
-    (N, C) of their channels over space, unbiased; all else is flattened.
+    (N, C) of their channels over space, unbiased; tokens (N, T, d) to their mean; all else is
+    flattened.
 
     >>> similarity(torch.tensor([[1.0, 0.0], [3.0, 1.0], [0.0, 4.0]]))
     tensor([[ 1.0000,  1.0000, -1.0000],
             [ 1.0000,  1.0000, -1.0000],
             [-1.0000, -1.0000,  1.0000]])
     """
-    x = wide(x)
+    x = pooled(wide(x))
     maps = x.dim() == 4 and x.shape[1] > 3 and x.shape[2] > 1
     x = x.std((2, 3)) if maps else x.flatten(1)
     x = x - x.mean(1, keepdim=True)  # over an image's features, not over the batch
@@ -162,6 +164,6 @@ def _projection(shape: tuple[int, ...]) -> nn.Module:
     if len(shape) == 1:
         return nn.Linear(shape[0], shape[0], bias=False)
     raise ValueError(
-        f"projection='learned' needs outputs (d,) or (C, H, W), but the module's output has shape "
-        f"{shape}; use projection=None."
+        f"projection='learned' needs outputs (d,), (C, H, W) or tokens (T, d), but the module's "
+        f"output has shape {shape}; use projection=None."
     )

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from modlib.objectives.objective import Objective
+from modlib.tokens import MeanToken, pooled_shape
 
 
 class CrossEntropy(Objective):
@@ -40,7 +41,8 @@ class AuxiliaryClassifier(Objective):
     """Cross-entropy of an auxiliary network on top of a module.
 
     Args:
-        network: a network of your own from h to logits, or one of these, for maps (C, H, W) unless said:
+        network: a network of your own from h to logits, or one of these, for maps (C, H, W) unless said
+            (those that take vectors also take the mean of tokens):
 
             - "linear": pool to 2×2, one linear layer (vectors too).
             - "mlp": pool to 2×2, three hidden linear layers with batch norm (vectors too).
@@ -87,12 +89,13 @@ class AuxiliaryClassifier(Objective):
     def for_module(self, shape: Sequence[int], classes: int) -> Self:
         ready = super().for_module(shape, classes)
         if ready.network is None:
-            if len(shape) not in (1, 3):
+            if len(shape) not in (1, 2, 3):
                 raise ValueError(
-                    f"network={self.kind!r} needs outputs (d,) or (C, H, W), but the module's output "
-                    f"has shape {tuple(shape)}; give a network of your own."
+                    f"network={self.kind!r} needs outputs (d,), (C, H, W) or tokens (T, d), but the "
+                    f"module's output has shape {tuple(shape)}; give a network of your own."
                 )
-            ready.network = _KINDS[self.kind](tuple(shape), classes)
+            network = _KINDS[self.kind](pooled_shape(shape), classes)
+            ready.network = nn.Sequential(MeanToken(), *network) if len(shape) == 2 else network
         ready._freeze()
         return ready
 
@@ -120,8 +123,8 @@ class AuxiliaryClassifier(Objective):
 class MonoForward(AuxiliaryClassifier):
     r"""Cross-entropy of the goodness :math:`G = h M^\top`, with a learned matrix M (classes × n).
 
-    h is flattened to n numbers. The paper takes h after its nonlinearity; let modules end there
-    (``boundary="after"`` in ``networks.mlp`` and ``networks.cnn``) to do the same. ``logits`` gives
+    h is flattened to n numbers (tokens: their mean). The paper takes h after its nonlinearity; let modules
+    end there (``boundary="after"`` in ``networks.mlp`` and ``networks.cnn``) to do the same. ``logits`` gives
     G, from which the paper predicts. It is ``AuxiliaryClassifier("flat")`` by the name that its
     authors gave.
 
@@ -273,8 +276,8 @@ def _convolutions(channels: int, count: int) -> list[nn.Module]:
 def _check_maps(kind: str, shape: Shape) -> None:
     if len(shape) != 3:
         raise ValueError(
-            f"network={kind!r} needs maps (C, H, W), but the module's output has shape {shape}; "
-            "use 'mlp' or 'linear' there."
+            f"network={kind!r} needs maps (C, H, W), but gets vectors of shape {shape}; use 'mlp' or "
+            "'linear' there."
         )
 
 
