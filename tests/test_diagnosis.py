@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -32,11 +31,6 @@ def modular(rates: Sequence[float]) -> Method:
     return modlib.methods.ProxyObjective(SUPCON, optimizer=[sgd(rate) for rate in rates])
 
 
-def trained(data: Dataset) -> ModularNetwork:
-    net = modlib.networks.cnn((8, 16, 32), channels=1, size=8, stride=1, kernel="relu", seed=0)
-    return fitted(net, data, ["conv3", "conv5", "features"], modular(GOOD))
-
-
 def perceptron(data: Dataset, method: Method) -> ModularNetwork:
     net = modlib.networks.mlp([64, 64, 64, 32, 10], kernel="relu", seed=0)
     return fitted(net, data, ["layer2", "layer3", "features"], method)
@@ -47,12 +41,8 @@ def images() -> Dataset:
     return modlib.data.load("digits")
 
 
-@pytest.fixture(scope="module")
-def sound(images: Dataset) -> ModularNetwork:
-    return trained(images)
-
-
-def test_a_sound_network_has_no_fault(sound: ModularNetwork, images: Dataset) -> None:
+def test_a_sound_network_has_no_fault(images: Dataset) -> None:
+    sound = perceptron(images, modular(GOOD))
     found = diagnose(sound, images, SUPCON)
     assert found.faults == () and found.note == ""
     assert found.accuracy == modlib.evaluate(sound, images).accuracy
@@ -90,8 +80,9 @@ def test_after_end_to_end_training_a_shortfall_is_explained(images: Dataset) -> 
     assert str(found).endswith(f"note: {found.note}")
 
 
-def test_a_dead_block_is_found(sound: ModularNetwork, images: Dataset) -> None:
-    net = copy.deepcopy(sound)
+def test_a_dead_block_is_found(images: Dataset) -> None:
+    layers = modlib.networks.cnn((8, 16, 32), channels=1, size=8, stride=1, kernel="relu", seed=0)
+    net = fitted(layers, images, ["conv3", "conv5", "features"], modular(GOOD))
     with torch.no_grad():
         net[1].conv4[-1].bias.fill_(-20)  # type: ignore[index, union-attr]
     faults = diagnose(net, images, SUPCON, label_epochs=6).faults
@@ -139,7 +130,7 @@ def test_wrong_labels_are_found(images: Dataset) -> None:
     wrong = np.random.default_rng(0).permutation(threes)[: int(0.4 * len(threes))]
     labels[wrong] = 5
     data = replace(images, train_labels=labels)
-    found = diagnose(trained(data), data, SUPCON)
+    found = diagnose(perceptron(data, modular(GOOD)), data, SUPCON)
     assert found.labels.pair == (5, 3)
     assert found.labels.counts[5, 3] == len(found.labels.suspects)
     assert any("labelled '5' look like '3'" in fault for fault in found.faults)
