@@ -37,7 +37,7 @@ from modlib.methods import (
 )
 from modlib.network import ModularNetwork, partition
 from modlib.networks.cnn import ConvUnit
-from modlib.objectives import NMSE, CrossEntropy, InfoNCE, Objective, SupCon
+from modlib.objectives import CrossEntropy, InfoNCE, Objective, SupCon
 from modlib.training import History, evaluate, fit, pick_device
 
 FILES = [
@@ -129,23 +129,9 @@ OPTIMISERS = [
     fitted(method=lambda: E2EBP(optimizer=modlib.methods.sgd(0.1))),
     fitted(method=lambda: E2EBP(optimizer=partial(torch.optim.AdamW, lr=0.001))),
 ]
-PAIRS = replace(
-    DATA, train_images=DATA.train_images[:4], train_labels=np.array([0, 0, 1, 1])
-)  # in batches of 2 an epoch in three is two batches of one class each
-
 PLAIN: dict[str, Case] = {
     "empty history": (lambda: History().final, [lambda: fitted()().final]),
     "after_epoch": (fitted(after_epoch=3), [fitted(after_epoch=lambda net, row: None)]),
-    "no pairs in an epoch": (
-        fitted(
-            kernelled, lambda: ProxyObjective(NMSE("relu")), data=PAIRS, batch_size=2, epochs=40
-        ),
-        [
-            fitted(
-                kernelled, lambda: ProxyObjective(NMSE("relu")), data=PAIRS, batch_size=4, epochs=40
-            )
-        ],
-    ),
     "learning rate": (
         fitted(method=lambda: E2EBP(optimizer=sgd(1e38)), schedule="constant"),
         [fitted(method=lambda: E2EBP(optimizer=sgd(0.1)))],
