@@ -366,13 +366,16 @@ def _value(module: nn.Module, x: Tensor, y: Tensor, objective: ProxyLoss) -> flo
 def _dead(
     hidden: ModularNetwork, k: int, x: Tensor, activation: Callable[[Tensor], Tensor]
 ) -> dict[str, float]:
-    """For each layer of module k, the share of channels that the next layer sees as one number."""
+    """For each layer of module k, the share of channels that the next layer sees as one number.
+
+    Of tokens (N, T, d), those are the d.
+    """
     shares = {}
     with evaluating(hidden):
         h = hidden[:k](x)
         for name, layer in zip(hidden.names[k], hidden[k], strict=True):
             h = layer(h)
-            channels = activation(h).transpose(0, 1).flatten(1)
+            channels = activation(h).movedim(2 if h.dim() == 3 else 1, 0).flatten(1)
             spread = channels.amax(1) - channels.amin(1)
             shares[name] = float((spread <= 1e-6).float().mean())
     return shares

@@ -488,7 +488,7 @@ def test_infopro_refuses_what_it_cannot_use() -> None:
             ready.local(h, y, wrong)
     with pytest.raises(ValueError, match="no networks yet"):
         InfoPro().local(h, y, x)
-    with pytest.raises(ValueError, match=r"output \(C, H, W\), not \(7,\)"):
+    with pytest.raises(ValueError, match=r"output \(C, H, W\) or the tokens .*, not \(7,\)"):
         InfoPro().for_module((7,), 2)
     with pytest.raises(ValueError, match="form='triplet'"):
         InfoPro(form="triplet")

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from modlib import kernels, methods, networks, objectives
 from modlib.audit import audit
 from modlib.data import Dataset, Loader, load
+from modlib.diagnosis import _dead
 from modlib.kernels import FeatureMap, Gaussian
 from modlib.methods import (
     E2EBP,
@@ -279,6 +280,14 @@ def test_a_transformer_learns() -> None:
     adam = partial(torch.optim.AdamW, lr=3e-3)
     fit(net, E2EBP(optimizer=adam), data, epochs=8, batch_size=32, progress=False)
     assert evaluate(net, data).accuracy > 0.6  # 0.92 when this was written; chance is 0.1
+
+
+def test_dead_channels_of_tokens_are_their_numbers() -> None:
+    net = cut()
+    with torch.no_grad():  # four numbers that are below zero in every token
+        net[0].embed.patches.bias[:4] = -1000.0
+    shares = _dead(net, 0, torch.randn(8, 1, 8, 8), torch.relu)
+    assert shares["embed"] == 4 / 16
 
 
 # --- AugLocal: copies of later blocks -------------------------------------------------------------
