@@ -20,6 +20,7 @@ BUILD: dict[str, Callable[..., nn.Module]] = {
     "cnn, stride 1": partial(networks.cnn, (4, 4, 4), stride=1),
     "resnet": partial(networks.resnet, (2, 2, 2), 1),
     "vgg8b": partial(networks.vgg8b, width=2),
+    "vit": partial(networks.vit, 8, 1),
     "patch_cnn": partial(networks.patch_cnn, (4, 4), channels=3, patch=8, stride=4),
 }
 

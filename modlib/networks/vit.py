@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from modlib.kernels import FeatureMap
 from modlib.networks.seeding import seeded
+from modlib.networks.sizes import check_whole
 from modlib.tokens import MeanToken
 
 
@@ -137,12 +138,13 @@ def vit(
     >>> vit(seed=0)(torch.zeros(2, 3, 32, 32)).shape
     torch.Size([2, 10])
     """
-    if patch < 1 or size < patch or size % patch:
+    check_whole(width=width, depth=depth, classes=classes, channels=channels, size=size)
+    check_whole(patch=patch, heads=heads)
+    if size % patch:
         raise ValueError(f"size={size}, patch={patch}: the side must be a multiple of the patch's.")
-    if heads < 1 or width % heads or depth < 1:
+    if width % heads:
         raise ValueError(
-            f"width={width}, heads={heads}, depth={depth}: the width must be a multiple of the heads, and "
-            "there must be a block."
+            f"width={width}, heads={heads}: the width must be a multiple of the heads."
         )
     if pool not in ("mean", "class") or (kernel is not None and pool == "class"):
         raise ValueError(
