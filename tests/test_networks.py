@@ -62,6 +62,8 @@ def test_advice_on_small_images_is_good(build: Callable[..., nn.Module]) -> None
         (lambda: networks.resnet((4, 0)), r"widths=\(4, 0\): give a list"),
         (lambda: networks.vgg8b(classes=-1), "classes=-1: give a whole number"),
         (lambda: networks.patch_cnn(stride=0), "stride=0: give a whole number"),
+        (lambda: networks.vit(size=32.0), "size=32.0: give a whole number"),
+        (lambda: networks.vit(depth=0), "depth=0: give a whole number"),
         (
             lambda: networks.mlp([64, 0, 10]),
             r"sizes=\[64, 0, 10\]: give a list of at least 2 whole",
