@@ -176,7 +176,8 @@ def test_patches_are_embedded_with_their_places() -> None:
     ("options", "message"),
     [
         ({"patch": 3}, "size=32, patch=3"),
-        ({"patch": 0}, "size=32, patch=0"),
+        ({"patch": 0}, "patch=0"),
+        ({"patch": 64}, "size=32, patch=64"),
         ({"heads": 3}, "width=64, heads=3"),
         ({"depth": 0}, "depth=0"),
         ({"pool": "max"}, "pool='max': choose"),
