@@ -1,7 +1,8 @@
 r"""The least risk that any input module can reach: the global bounds of the theorems as numbers.
 
-Every number is the value of a *dual* problem at a feasible point, hence a lower bound however the point
-was found; the points are chosen optimal, so the bound is also reached. Binary losses (Theorem A): with
+Every number is the value of a *dual* problem at a feasible point, or the closed form of Theorem C, and is
+rounded down: a lower bound however the point was found. The points are chosen optimal, so the bound is
+also reached. Binary losses (Theorem A): with
 the two class points at the greatest distance :math:`D` and a head of norm :math:`r`,
 
 .. math:: \min_b\; p_+ \ell(rD + b) + p_- \ell(-b) \;=\;
@@ -17,11 +18,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 
-from modlib.certificates.head import budget
-from modlib.certificates.losses import LOSSES
+from modlib.certificates.arguments import attainable, budget, checked_shares
 from modlib.certificates.unbalanced import unbalanced_bound
 
 _BALANCED = 1e-12  # proportions that differ by no more are equal
+_UNITS = 2e-15  # relative: nine units of rounding
 
 
 def global_bound(
@@ -48,10 +49,14 @@ def global_bound(
             the returned number. Give exactly one of the two.
 
     Returns:
-        The bound. Closed form for balanced classes and hinges; else the value at a dual feasible
-        point, within 1e-8 of the optimum (rounding is allowed for, downwards). For cross-entropy,
-        unbalanced classes, five classes or more and ``floor = 0`` the bound is true but perhaps not
-        reached: positive semidefinite and nonnegative relaxes completely positive.
+        The bound, rounded down: a closed form for balanced classes and a budget, else the value at a dual
+        feasible point. How near that is to the optimum, `unbalanced_bound` shows where three classes or
+        more are unbalanced; elsewhere the point is optimal to rounding. For five unbalanced classes or more
+        and ``floor = 0`` the bound is true but perhaps not reached: positive semidefinite and nonnegative
+        relaxes completely positive.
+
+        These are all the losses and penalties covered. For another nondecreasing penalty ``g(||w||)``
+        take the least of ``global_bound(..., head_norm=r) + g(r)`` over ``r``.
 
     Raises:
         ValueError: for an argument outside its range, naming it.
@@ -65,37 +70,17 @@ def global_bound(
     >>> round(global_bound("cross_entropy", [0.5, 0.5], floor=0.0, penalty=0.01), 5)
     0.13742
     """
-    shares = _checked(loss, proportions, floor, feature_norm)
+    shares = checked_shares(loss, proportions, floor, feature_norm)
     limit = budget(head_norm, penalty)
     floor = max(floor, -1.0)
     if loss != "cross_entropy" or len(shares) == 2:
         return _binary(loss, shares, floor, feature_norm, limit, penalty is not None)
     if max(shares) - min(shares) <= _BALANCED:
-        return _balanced(len(shares), floor, feature_norm, limit, penalty is not None)
+        equal = _balanced(len(shares), floor, feature_norm, limit, penalty is not None)
+        return (
+            min(shares) * len(shares) * equal
+        )  # no class has less than this part of an equal share
     return unbalanced_bound(shares, floor, feature_norm, head_norm, penalty).value
-
-
-def _checked(
-    loss: str, proportions: Sequence[float], floor: float, feature_norm: float
-) -> list[float]:
-    if loss not in LOSSES:
-        raise ValueError(f"loss is {loss!r}: choose one of {', '.join(LOSSES)}")
-    shares = [float(p) for p in proportions]
-    if len(shares) < 2 or not all(math.isfinite(p) and p > 0 for p in shares):
-        raise ValueError(f"proportions are {_short(shares)}: give a positive share for each class")
-    if abs(sum(shares) - 1) > 1e-6:
-        raise ValueError(f"proportions sum to {sum(shares):.8g}: they must sum to one")
-    if loss != "cross_entropy" and len(shares) != 2:
-        raise ValueError(f"proportions has {len(shares)} entries: the {loss} loss has two classes")
-    if not (math.isfinite(floor) and floor <= 1):
-        raise ValueError(f"floor is {floor}: it must be a cosine, at most 1")
-    if not (math.isfinite(feature_norm) and feature_norm > 0):
-        raise ValueError(f"feature_norm is {feature_norm}: it must be positive and finite")
-    return [p / sum(shares) for p in shares]
-
-
-def _short(shares: list[float]) -> str:
-    return str(shares) if len(shares) <= 5 else f"{shares[:5]} and {len(shares) - 5} more"
 
 
 def _binary(
@@ -138,7 +123,7 @@ def _binary(
 
 def lowered(terms: Sequence[float]) -> float:
     """The sum of terms known to a few units of rounding, rounded down; not below zero."""
-    return max(0.0, math.fsum(terms) - 8e-16 * math.fsum(abs(t) for t in terms))
+    return max(0.0, math.fsum(terms) - _UNITS * math.fsum(abs(t) for t in terms))
 
 
 def _logistic_gain(q: float) -> float:
@@ -179,12 +164,12 @@ def _root(decreasing: Callable[[float], float], top: float) -> float:
 
 
 def _balanced(classes: int, floor: float, norm: float, limit: float, penalised: bool) -> float:
-    """Theorem C; the floor below ``-1/(C - 1)`` is not attainable by all pairs, the simplex is best."""
+    """Theorem C."""
     others = classes - 1
-    floor = max(floor, -1 / others)
-    scale = norm * math.sqrt((1 - floor) / others)
+    scale = norm * math.sqrt((1 - attainable(floor, classes)) / others)
     if not penalised:
-        return softplus(math.log(others) - limit * scale)
+        rounding = _UNITS * (math.log(others) + limit * scale)
+        return (1 - _UNITS) * softplus(math.log(others) - limit * scale - rounding)
     # max over q of  h(q) + q log(C-1) - q² scale² / 4λ
     slope = scale**2 / (2 * limit)
     q = _root(lambda q: _logistic_rate(q) + math.log(others) - slope * q, 1.0)

@@ -162,23 +162,57 @@ def _no_bias() -> CounterExample:
     )
 
 
-def _not_monotone() -> CounterExample:
-    far, near = _rows([1, 0], [-1, 0]), _rows([0.5, 0], [-0.5, 0])
-    margins = [2.0 * float(x[0, 0]) for x in (far, near)]  # head norm 2, the best bias is 0
-    squared = [(1 - m) ** 2 for m in margins]
-    logistic = [_risk(x, _PAIR, "logistic", 2.0) for x in (far, near)]
+def _own_targets() -> CounterExample:
+    apart = torch.eye(3).double()
+    together = apart[[0, 0, 2]]
+    labels = torch.tensor([1, 1, 0])
+    own, common = [1.0, 3.0, -1.0], [1.0, 1.0, -1.0]
+    best = _square_risk(together, common)
     return CounterExample(
-        "not-monotone",
+        "own-targets",
         "Theorem A",
-        "the loss never rises with the margin",
-        squared[0],
-        squared[1],
-        logistic[0],
-        min(logistic),
-        "The squared loss (1 - margin)² punishes a margin of 2: with a head of norm 2 the nearer class "
-        "points are the better ones. The logistic loss does not.",
+        "losses are monotone, or common to each class",
+        _square_risk(together, own),
+        _square_risk(apart, own),
+        best,
+        min(best, _square_risk(apart, common)),
+        "The squared loss with the targets 1 and 3 for the two positives and -1 for the negative: one point "
+        "can give only one answer, two points give two (orthogonal features, penalty 0.001 ||w||²).",
+        Configuration(together, labels),
+        Configuration(apart, labels),
+    )
+
+
+def _square_risk(features: Tensor, targets: list[float], penalty: float = 0.001) -> float:
+    """min over w and b of the mean of (w·x + b - target)², plus the penalty times ||w||²."""
+    y = torch.tensor(targets, dtype=torch.float64)
+    x, y = features - features.mean(0), y - y.mean()  # the best bias
+    dimensions = x.shape[1]
+    w = torch.linalg.solve(x.T @ x / len(x) + penalty * torch.eye(dimensions), x.T @ y / len(x))
+    return float((x @ w - y).square().mean() + penalty * w.square().sum())
+
+
+def _fixed_budget() -> CounterExample:
+    far, half = _rows([1.0], [0.0]), _rows([0.5], [0.0])
+
+    def risk(distance: float, turning: bool = False) -> float:
+        """Of the best head of norm 4: its outputs are 4 × distance apart, or less where it may turn aside."""
+        apart = min(4 * distance, 2.0) if turning else 4 * distance
+        return (apart / 2 - 1) ** 2
+
+    return CounterExample(
+        "fixed-budget",
+        "Theorem A",
+        "losses are monotone, or the penalty is nondecreasing, or there are two dimensions",
+        risk(1.0),
+        risk(0.5),
+        risk(1.0, turning=True),
+        min(risk(1.0, turning=True), risk(0.5, turning=True)),
+        "Features in [0, 1] on a line, the squared loss with targets ±1, and a penalty of 0 for |w| = 4 and 2 "
+        "for every other head: at distance 1 the outputs differ by 4, which is too much. In two "
+        "dimensions the head turns aside.",
         Configuration(far, _PAIR),
-        Configuration(near, _PAIR),
+        Configuration(half, _PAIR),
     )
 
 
@@ -338,7 +372,8 @@ _BUILDERS: dict[str, Callable[[], CounterExample]] = {
     "negatives-only": _negatives_only,
     "not-separated": _not_separated,
     "no-bias": _no_bias,
-    "not-monotone": _not_monotone,
+    "own-targets": _own_targets,
+    "fixed-budget": _fixed_budget,
     "other-penalty": _other_penalty,
     "unbalanced": _unbalanced,
     "unnormalised": _unnormalised,

@@ -24,7 +24,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,6 +32,7 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 
 from modlib.certificates import losses
+from modlib.certificates.arguments import budget
 from modlib.certificates.losses import Local
 
 _CHUNK = 1 << 16  # rows turned into float64 at a time
@@ -205,17 +206,6 @@ def best_head(
     if loss != "hinge":
         return solve(Problem(rows, local, outputs), theta, limit, tolerance)
     return _solve_hinge(rows, theta, limit, tolerance, solve)
-
-
-def budget(head_norm: float | None, penalty: float | None) -> float:
-    """The one of the two that is given, checked to be positive and finite."""
-    if (head_norm is None) == (penalty is None):
-        raise ValueError("head_norm, penalty: give exactly one of them (and not None for both)")
-    name, value = ("head_norm", head_norm) if penalty is None else ("penalty", penalty)
-    number = float(cast("float", value))
-    if not (math.isfinite(number) and number > 0):
-        raise ValueError(f"{name} is {number}: it must be positive and finite")
-    return number
 
 
 def _checked(

@@ -7,6 +7,7 @@ together, and at every step the risk is compared with the bound. Instances of on
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -51,9 +52,19 @@ def search_violations(
     """Try to violate a theorem on random instances, by joint descent over embedding and head.
 
     Arguments:
-        theorem: ``"binary"`` (Theorem A: any losses, and the bound), ``"antipodal"`` (Corollary B),
-            ``"balanced"`` (Theorem C), ``"unbalanced"`` (the convex program; one program for every 250
-            instances, since each takes a second), or ``"stability"``.
+        theorem: one of
+
+            - ``"binary"``, Theorem A. Random networks, whose examples are then moved to two points at the
+              greatest distance, with the head of the proof: (a) five losses that never rise with the margin,
+              every pair of them for the two classes; (b) four that do, common to each class. And the bound:
+              descent for the logistic, hinge and squared hinge losses, and for the squared loss with the
+              targets ±1.
+            - ``"antipodal"``, Corollary B.
+            - ``"balanced"``, Theorem C.
+            - ``"unbalanced"``, the convex program; one program for every 250 instances.
+            - ``"stability"``.
+
+            Floors are -1, -1/(C - 1), 0, 0.3, and between -1 and 0.9 at random.
         instances: at least this many.
         steps: of Adam; the theorems that are no bound on a risk are checked without descent.
         seed: of everything random.
@@ -139,13 +150,15 @@ def _descend(
     return torch.stack(seen, dim=1)
 
 
-def _kernel(g: torch.Generator, size: int, lowest: float) -> tuple[str, Tensor]:
-    """A kernel and a floor for each instance, none below what its features can have."""
+def _kernel(g: torch.Generator, size: int, classes: int) -> tuple[str, Tensor]:
+    """A kernel and a floor for each instance, none above what its features can have."""
     kernel = ("sphere", "sphere", "relu", "sigmoid", "tanh")[_integer(g, 0, 4)]
     floors = {"relu": 0.0, "sigmoid": 0.0, "tanh": -1.0}
     if kernel in floors:
         return kernel, torch.full((size,), floors[kernel]).double()
-    return kernel, _uniform(g, size, low=lowest, high=0.9)
+    floors_of_sphere = torch.tensor([-1.0, -1 / (classes - 1), 0.0, 0.3, math.nan]).double()
+    chosen = floors_of_sphere[torch.randint(5, (size,), generator=g)]
+    return kernel, torch.where(chosen.isnan(), _uniform(g, size, low=-1.0, high=0.9), chosen)
 
 
 def _softmax_attack(
@@ -199,7 +212,7 @@ def _balanced(g: torch.Generator, size: int, steps: int) -> Tensor:
     attack = _softmax_attack(
         g, size, steps, classes, torch.full((classes,), _integer(g, 1, 4), dtype=torch.int64)
     )
-    kernel, floor = _kernel(g, size, -1.0)
+    kernel, floor = _kernel(g, size, classes)
     alpha, penalised = _uniform(g, size, low=0.3, high=3), bool(_integer(g, 0, 1))
     limit = _limits(g, size, penalised)
     shares = [1 / classes] * classes
@@ -212,7 +225,7 @@ def _unbalanced(g: torch.Generator, size: int, steps: int) -> Tensor:
     counts = torch.randint(1, 9, (classes,), generator=g)
     counts[0] += 1 if int(counts.max()) == int(counts.min()) else 0
     attack = _softmax_attack(g, size, steps, classes, counts)
-    kernel, floors = _kernel(g, 1, -1.0)
+    kernel, floors = _kernel(g, 1, classes)
     alpha, penalised = _uniform(g, 1, low=0.3, high=3), bool(_integer(g, 0, 1))
     limit = _limits(g, 1, penalised)
     shares = (counts / counts.sum()).tolist()
@@ -228,43 +241,80 @@ _MARGIN_LOSSES: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def _ramp(margin: Tensor) -> Tensor:
-    return (1 - margin).clamp(0, 1)
-
-
-def _zero_one(margin: Tensor) -> Tensor:
-    return (margin < 0).double()
+_MONOTONE: list[Callable[[Tensor], Tensor]] = [
+    *_MARGIN_LOSSES.values(),
+    lambda m: (1 - m).clamp(0, 1),  # ramp
+    lambda m: (m < 0).double(),
+]
+_OTHER: list[Callable[[Tensor], Tensor]] = [
+    lambda m: (m - 1) ** 2,
+    lambda m: (m + 2) ** 2,  # wants the wrong side
+    lambda m: torch.sin(3 * m),
+    lambda m: (m**2 - 1) ** 2,
+]
 
 
 def _binary(g: torch.Generator, size: int, steps: int) -> Tensor:
-    """Theorem A as it stands, for losses that are not even convex; then its bound, by descent."""
     labels = torch.cat([torch.ones(_integer(g, 1, 6)), torch.zeros(_integer(g, 1, 6))])
+    moved = _binary_moved(g, size, labels)
+    return torch.cat([moved, _binary_descent(g, size, steps, labels)], dim=1)
+
+
+def _binary_moved(g: torch.Generator, size: int, labels: Tensor) -> Tensor:
+    """Theorem A as it stands: risks of random networks, less those of the networks of its proof."""
     n, d = len(labels), _integer(g, 1, 6)
     x, w, b = _normal(g, size, n, d), _normal(g, size, d), _normal(g, size, 1)
     x = x * _uniform(g, size, n, 1, low=0.1, high=3)  # unequal norms
+    signs, positive = 2 * labels.double() - 1, labels > 0
     scores = (x @ w[:, :, None])[:, :, 0] + b
-    reach = w.norm(dim=1) * torch.cdist(x, x).amax((1, 2))  # ||w|| D
-    low = scores[:, labels == 0].amin(1, keepdim=True)
-    ideal = low + reach[:, None] * labels
-    monotone = [*_MARGIN_LOSSES.values(), _ramp, _zero_one]
-    signs = 2 * labels.double() - 1
-    first = torch.stack(
-        [
-            (plus(signs * scores) * labels + minus(signs * scores) * (1 - labels)).mean(1)
-            - (plus(signs * ideal) * labels + minus(signs * ideal) * (1 - labels)).mean(1)
-            for plus in monotone
-            for minus in monotone
-        ],
-        dim=1,
-    )
+    step = _furthest(x)
+    low = scores[:, ~positive].amin(1)
+    reach = w.norm(dim=1) * step.norm(dim=1)
+    found = []
+    for losses, monotone in ((_MONOTONE, True), (_OTHER, False)):
+        for plus, minus in itertools.product(losses, losses):
+            values = torch.where(positive, plus(signs * scores), minus(signs * scores))
+            high, least = (low + reach, low) if monotone else _best_served(scores, values, positive)
+            head = ((high - least) / step.square().sum(1))[:, None] * step
+            far = least + (head * step).sum(
+                1
+            )  # what this head says at the far point; `least` at the other
+            moved = torch.where(positive, plus(signs * far[:, None]), minus(signs * least[:, None]))
+            found += [(values - moved).mean(1), w.norm(dim=1) - head.norm(dim=1)]
+    return torch.stack(found, dim=1)
 
-    loss = ("logistic", "hinge", "squared_hinge")[_integer(g, 0, 2)]
-    kernel, floor = _kernel(g, size, -1.0)
+
+def _furthest(x: Tensor) -> Tensor:
+    """From one to the other of the two of the points ``(B, n, d)`` that are furthest apart: ``(B, d)``."""
+    n = x.shape[1]
+    pair = torch.cdist(x, x).flatten(1).argmax(1)
+    rows = torch.arange(len(x))
+    return x[rows, pair // n] - x[rows, pair % n]
+
+
+def _best_served(scores: Tensor, values: Tensor, positive: Tensor) -> tuple[Tensor, Tensor]:
+    """The score of the example of each class whose loss is least."""
+    best = [
+        scores[:, own].gather(1, values[:, own].argmin(1, keepdim=True))[:, 0]
+        for own in (positive, ~positive)
+    ]
+    return best[0], best[1]
+
+
+def _binary_descent(g: torch.Generator, size: int, steps: int, labels: Tensor) -> Tensor:
+    """The bound, attacked by descent over features and head."""
+    n, d = len(labels), _integer(g, 1, 6)
+    loss = [*_MARGIN_LOSSES, "square"][_integer(g, 0, 3)]
+    kernel, floor = _kernel(g, size, 2)
     alpha, penalised = _uniform(g, size, low=0.3, high=3), bool(_integer(g, 0, 1))
     limit = _limits(g, size, penalised)
     shares = [float(labels.mean()), 1 - float(labels.mean())]
-    bound = _bounds(shares, loss, floor, alpha, limit, penalised)
+    if loss == "square":
+        bound = _square_bound(shares, floor, alpha, limit, penalised)
+    else:
+        bound = _bounds(shares, loss, floor, alpha, limit, penalised)
     raw, weight, bias = _normal(g, size, n, d + 1), _normal(g, size, d + 2), _normal(g, size, 1)
+    signs = 2 * labels.double() - 1
 
     def risk() -> Tensor:
         features = alpha[:, None, None] * _features(raw, labels, kernel, floor)
@@ -273,9 +323,20 @@ def _binary(g: torch.Generator, size: int, steps: int) -> Tensor:
             v = limit[:, None] * v / v.norm(dim=1, keepdim=True)
         margin = signs * ((features @ v[:, :, None])[:, :, 0] + bias)
         extra = limit * v.square().sum(1) if penalised else 0.0
-        return _MARGIN_LOSSES[loss](margin).mean(1) + extra
+        values = (margin - 1) ** 2 if loss == "square" else _MARGIN_LOSSES[loss](margin)
+        return values.mean(1) + extra
 
-    return torch.cat([first, _descend([raw, weight, bias], risk, bound, steps)], dim=1)
+    return _descend([raw, weight, bias], risk, bound, steps)
+
+
+def _square_bound(
+    shares: list[float], floor: Tensor, alpha: Tensor, limit: Tensor, penalised: bool
+) -> Tensor:
+    """``p₊ p₋ (2 - rD)²``, zero from ``rD = 2`` on: the targets ±1 need outputs that are 2 apart."""
+    product, distance = shares[0] * shares[1], alpha * (2 - 2 * floor).sqrt()
+    if penalised:  # the least of p₊ p₋ (2 - rD)² + λr²
+        return 4 * product * limit / (product * distance**2 + limit)
+    return product * (2 - limit * distance).clamp_min(0) ** 2
 
 
 def _antipodal(g: torch.Generator, size: int, steps: int) -> Tensor:
@@ -298,9 +359,7 @@ def _stability(g: torch.Generator, size: int, steps: int) -> Tensor:
 
     classes, each = _integer(g, 2, 6), _integer(g, 2, 6)
     labels = torch.arange(classes).repeat_interleave(each)
-    kernel, floor = _kernel(g, size, -1 / (classes - 1))
-    if kernel == "tanh":
-        kernel, floor = "sphere", torch.full((size,), -1 / (classes - 1)).double()
+    kernel, floor = _kernel(g, size, classes)
     d = classes + _integer(g, 0, 3)
     centres = torch.eye(classes, d).double()[labels]
     spread = 10 ** _uniform(g, size, 1, 1, low=-4, high=0.5)

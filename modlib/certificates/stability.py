@@ -2,18 +2,20 @@ r"""How much can a nearly ideal Gram matrix lose? The stability theorem as a num
 
 Let :math:`g_{ik}` be the mean kernel value of example i with class k, over :math:`\alpha^2`. It falls short
 of the ideal by :math:`\delta_i = 1 - g_{i y_i}` within the class and exceeds it by
-:math:`\varepsilon_{ik} = g_{ik} - \beta` between classes. With :math:`\omega_i = (\delta_i + \max_k
-\varepsilon_{ik}) / (1 - \beta)`, :math:`t` the mean of :math:`(\delta_i + \varepsilon_{ik}) / (1 - \beta)` over
-examples and other classes, :math:`\psi(x) = \log(1 + (C-1) e^{-x})` and :math:`x^* = \alpha r
-\sqrt{(1-\beta)/(C-1)}`, the input module's share of the gap is, for balanced classes,
+:math:`\varepsilon_{ik} = g_{ik} - \beta` between classes. (A floor below :math:`-1/(C-1)` cannot bind for all
+pairs of classes, so :math:`\beta` is at least that; then some :math:`\varepsilon_{ik}` may be negative.) With
+:math:`\omega_i = (\delta_i + \max_k \varepsilon_{ik}) / (1 - \beta)`, :math:`t` the mean of
+:math:`(\delta_i + \varepsilon_{ik}) / (1 - \beta)` over examples and other classes, :math:`\psi(x) = \log(1 +
+(C-1) e^{-x})` and :math:`x^* = \alpha r \sqrt{(1-\beta)/(C-1)}`, the input module's share of the gap is, for
+balanced classes,
 
 .. math:: \psi(x^* \sqrt{1 - t}) - \psi(x^*) \;\le\; \text{share} \;\le\;
           \frac1n \sum_i \psi\!\left(x^* \frac{1 - \omega_i}{\sqrt{1 - t}}\right) - \psi(x^*)
-          ,\qquad \text{share} \le x^* \frac1n \sum_i \omega_i .
+          ,\qquad \text{share} \le x^* \frac1n \sum_i \max(\omega_i, 0) .
 
 Both sides agree to first order when every example deviates alike. For the binary losses of slope at most
 one, any proportions and :math:`D = \alpha \sqrt{2 (1-\beta)}`: share :math:`\le \frac{r D}{2} \frac1n \sum_i
-\omega_i`.
+\max(\omega_i, 0)`.
 """
 
 from __future__ import annotations
@@ -26,8 +28,11 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
+from modlib.certificates.arguments import attainable
 from modlib.certificates.bounds import softplus
 from modlib.certificates.head import Rows, count_classes
+
+_ROUNDING = 1e-4  # of deviations of half-precision features
 
 
 @dataclass(frozen=True)
@@ -38,7 +43,9 @@ class Deviations:
         within: ``(n,)`` one less the mean kernel value with the own class, over ``α²``.
         between: ``(n,)`` the largest mean kernel value with another class, over ``α²``, less the floor.
         mean_between: ``(n,)`` the same with the mean over the other classes for the largest.
-        floor, feature_norm, classes: what they are measured against.
+        floor: ``β``: the kernel's floor, but at least ``-1/(C - 1)``, below which no floor can bind for all
+            pairs of classes. Where it is that, the two above may be negative.
+        feature_norm, classes: what else they are measured against.
         balanced: whether all classes have the same number of examples.
     """
 
@@ -50,6 +57,13 @@ class Deviations:
     classes: int
     balanced: bool = True
 
+    def __post_init__(self) -> None:
+        if not -1 / (self.classes - 1) <= self.floor < 1:
+            raise ValueError(
+                f"floor is {self.floor}: deviations are measured from a cosine of at least "
+                f"-1/(C - 1), and below 1"
+            )
+
     @staticmethod
     def of(
         features: ArrayLike | Tensor,
@@ -57,7 +71,7 @@ class Deviations:
         floor: float,
         feature_norm: float = 1.0,
     ) -> Deviations:
-        """Measure them: ``(n, d)`` features, ``(n,)`` labels with every class present.
+        """Measure them: ``(n, d)`` features, ``(n,)`` labels with every class present, the kernel's floor.
 
         The mean kernel value with a class is the inner product with its mean feature: no (n, n) matrix
         is built.
@@ -69,6 +83,7 @@ class Deviations:
                 f"features {tuple(x.shape)}, labels {tuple(y.shape)}: give (n, d) and (n,)"
             )
         classes = count_classes(y)
+        floor = attainable(floor, classes)
         counts = torch.bincount(y, minlength=classes)
         rows = Rows(x, y, torch.ones(len(y), dtype=torch.float64))
         means = rows.pull(torch.nn.functional.one_hot(y, classes).double() / counts)
@@ -90,9 +105,11 @@ class Deviations:
     def uniform(
         within: float, between: float, classes: int, floor: float, feature_norm: float = 1.0
     ) -> Deviations:
-        """Every example deviates alike."""
+        """Every example deviates alike, ``between`` being what exceeds the floor that all can attain."""
+        if classes < 2:
+            raise ValueError(f"classes is {classes}: give at least 2")
         d, e = torch.tensor([within]).double(), torch.tensor([between]).double()
-        return Deviations(d, e, e, floor, feature_norm, classes)
+        return Deviations(d, e, e, attainable(floor, classes), feature_norm, classes)
 
 
 @dataclass(frozen=True)
@@ -125,8 +142,9 @@ def stability_bound(
             proportions; only an upper bound, the lower one is zero).
 
     Raises:
-        ValueError: for unbalanced classes with cross-entropy, an unknown loss, a head norm that is not
-            positive and finite, and deviations that are below zero (the floor is violated).
+        ValueError: for unbalanced classes with cross-entropy, more than two with another loss, an unknown
+            loss, a head norm that is not positive and finite, and deviations that no features have: of
+            features longer than ``α`` or below the floor.
 
     Source: this book, the stability theorem.
 
@@ -137,23 +155,22 @@ def stability_bound(
         raise ValueError(f"loss is {loss!r}: choose cross_entropy, logistic or hinge")
     if not (math.isfinite(head_norm) and head_norm > 0):
         raise ValueError(f"head_norm is {head_norm}: it must be positive and finite")
-    least = min(float(deviations.within.min()), float(deviations.between.min()))
-    if not least > -1e-4:
-        raise ValueError(
-            f"deviations are as low as {least:.3g}: the features are too long or below the floor"
-        )
     others, width = deviations.classes - 1, 1 - deviations.floor
+    if loss != "cross_entropy" and others > 1:
+        raise ValueError(f"loss is {loss!r}: it has two classes, the deviations {others + 1}")
+    if loss == "cross_entropy" and not deviations.balanced:
+        raise ValueError("deviations are of unbalanced classes: the theorem is about balanced ones")
+    t = float((deviations.within + deviations.mean_between).mean()) / width
+    _check_possible(deviations, t)
     omega = (deviations.within + deviations.between) / width
+    worst = float(omega.clamp_min(0).mean())
     if loss != "cross_entropy":
         distance = deviations.feature_norm * math.sqrt(2 * width)
-        linear = head_norm * distance / 2 * float(omega.mean())
+        linear = head_norm * distance / 2 * worst
         return StabilityBound(0.0, linear, linear)
-    if not deviations.balanced:
-        raise ValueError("deviations are of unbalanced classes: the theorem is about balanced ones")
     ideal = deviations.feature_norm * head_norm * math.sqrt(width / others)
     least_risk = _psi(ideal, others)
-    t = float((deviations.within + deviations.mean_between).mean()) / width
-    linear = ideal * float(omega.mean())
+    linear = ideal * worst
     lower = max(0.0, _psi(ideal * math.sqrt(max(1 - t, 0.0)), others) - least_risk)
     if t >= 1:  # the class means coincide: no head does better than guessing
         return StabilityBound(lower, max(lower, math.log1p(others) - least_risk), linear)
@@ -161,6 +178,17 @@ def stability_bound(
     upper = float(torch.nn.functional.softplus(math.log(others) - margins).mean()) - least_risk
     upper = min(upper, linear, math.log1p(others) - least_risk)
     return StabilityBound(lower, max(upper, lower), linear)
+
+
+def _check_possible(deviations: Deviations, t: float) -> None:
+    """Features in the ball and above the floor have these deviations, but for rounding."""
+    least = [float(deviations.within.min()), t]
+    if deviations.floor > -1 / (deviations.classes - 1) + _ROUNDING:
+        least.append(float(deviations.between.min()))
+    if not min(least) > -_ROUNDING:
+        raise ValueError(
+            f"deviations are as low as {min(least):.3g}: the features are too long or below the floor"
+        )
 
 
 def _psi(x: float, others: int) -> float:
