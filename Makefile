@@ -8,11 +8,17 @@ PAGES := _build/html
 # Two workers on two cores: one thread each, or they fight over the cores.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help book pages compare test check setup notebooks clean
+# What PyTorch and its libraries would do on another processor: no stored or tested number may notice.
+ELSEWHERE := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_CBWR=COMPATIBLE
+PYTEST := MODLIB_QUICK=1 $(BIN)/pytest -n 2 --dist loadscope -q
+
+.PHONY: help book pages compare test elsewhere everywhere check setup notebooks clean
 
 help:
 	@echo "make book       train a first comparison, build the book, print where it is"
 	@echo "make test       run every check: style, types, tests, notebooks, pages"
+	@echo "make elsewhere  doctests, records and notebooks again, computed as another processor would"
+	@echo "make everywhere every test under three such settings (an hour)"
 	@echo "make check      the quick checks alone: style and types"
 	@echo "make notebooks  run every notebook again at full size and store its outputs"
 	@echo "make clean      remove the built book (the environment in $(VENV) stays)"
@@ -37,8 +43,11 @@ book: compare pages
 compare: $(STAMP)
 	@$(BIN)/modlib compare --data digits
 
+# `pip install jupyter-book` alone brings version 2, another tool, which would rename _config.yml.
 # Sphinx warns about a page only when it reads it, so a failed build leaves nothing to resume from.
 pages: $(STAMP)
+	@$(BIN)/python -c 'from importlib.metadata import version as v; exit(not v("jupyter-book").startswith("1."))' || { \
+		echo "make: this book needs Jupyter Book 1, and version 2 is another tool; run: make -B setup"; exit 1; }
 	@$(BIN)/python tools/address.py
 	@echo "make: building the pages"
 	@mkdir -p _build
@@ -54,7 +63,15 @@ check: $(STAMP)
 test: check
 	@for name in chromium chromium-browser google-chrome; do command -v $$name; done | grep -q . || \
 		echo "make: there is no Chromium here, so the pages are tested without a browser"
-	@MODLIB_QUICK=1 $(BIN)/pytest -n 2 --dist loadscope -q
+	@$(PYTEST)
+
+elsewhere: $(STAMP)
+	@env $(ELSEWHERE) $(PYTEST) modlib book tests/test_records.py tests/test_transfer.py
+
+everywhere: $(STAMP)
+	@env ATEN_CPU_CAPABILITY=default $(PYTEST)
+	@env $(ELSEWHERE) $(PYTEST)
+	@env $(ELSEWHERE) OMP_NUM_THREADS=2 $(PYTEST)
 
 notebooks: $(STAMP)
 	@$(BIN)/jupyter execute --inplace book/*.ipynb

@@ -14,9 +14,9 @@ from modlib.data import Dataset, load
 
 
 @pytest.fixture(scope="session", autouse=True)
-def one_thread() -> None:
-    """Two workers on two cores, and sums in one order."""
-    torch.set_num_threads(1)
+def threads() -> None:
+    """One thread, for two workers on two cores; `make everywhere` asks for two."""
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
 
 
 @pytest.fixture(scope="session")
