@@ -96,7 +96,11 @@ class Audit:
 
     @property
     def end_to_end_forward(self) -> bool:
-        """Does a step that updates a module run a later one? (An end-to-end backward pass always does.)"""
+        """Does a step that updates a module run a later one?
+
+        With an end-to-end backward pass it does, but for one case: where one module alone is left to
+        train, every method counts as end-to-end, by convention.
+        """
         return self.end_to_end_backward or any(
             stage.updated and min(stage.updated) < max(stage.ran()) for stage in self.stages
         )

@@ -41,9 +41,10 @@ def global_bound(
             norm ``head_norm`` and a free bias).
         proportions: the share of each class; positive, summing to one. Their number is the number of
             classes; for the binary losses the order does not matter.
-        floor: the least cosine that the kernel allows between features of different classes: -1 for the
-            whole sphere, 0 for normalised ReLU. A floor that not all pairs can attain at once is legal.
-        feature_norm: the norm ``α`` of every feature (a smaller norm is allowed too).
+        floor: ``β``, at most 1: inner products of features of different classes are at least ``α²β``. For
+            unit vectors that is the kernel's least cosine, -1 for the whole sphere and 0 for normalised
+            ReLU. A floor that not all pairs can attain at once is legal.
+        feature_norm: ``α``, the largest norm of a feature.
         head_norm: the norm budget ``r``; or
         penalty: ``λ`` of the penalty ``λ ||w||²`` (not halved) that is added to the risk and is part of
             the returned number. Give exactly one of the two.

@@ -293,7 +293,7 @@ def _unnormalised() -> CounterExample:
     longer = 2 * _simplex(3, 0.0)
     return _three(
         "unnormalised",
-        "every feature has norm α",
+        "no feature is longer than α",
         "Features twice as long give the same head twice the margin.",
         _formula_three(),
         _risk(longer, torch.arange(3), "cross_entropy", 2.0),
@@ -319,7 +319,7 @@ def _unattainable() -> CounterExample:
     simplex = _risk(_simplex(3, -0.5), torch.arange(3), "cross_entropy", 2.0)
     return _three(
         "unattainable",
-        "the floor β is at least -1/(C - 1)",
+        "the bound takes β₊ in place of β",
         "No three unit vectors are opposite to each other: the matrix of ones and minus ones has the "
         "eigenvalue 2 - C < 0. The best is the simplex, with inner products -1/(C - 1).",
         balanced,
