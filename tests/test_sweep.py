@@ -112,6 +112,20 @@ def patches(s: Setting) -> ModularNetwork:
     return modlib.partition(net, ["conv2", "join"])
 
 
+def tokens(s: Setting, kernel: str | None = None) -> ModularNetwork:
+    net = networks.vit(
+        8,
+        2,
+        count(s),
+        heads=2,
+        channels=s.channels,
+        size=s.size,
+        kernel=kernel,
+        seed=0,
+    )
+    return modlib.partition(net, ["block2", "features" if kernel else "head"])
+
+
 HEADS = ["linear", "mlp", "mlp-sr", "cnn", "greedy-2", "pred", "flat"]
 PROXIES: list[objectives.Objective] = [
     objectives.Raw("relu"),
@@ -169,6 +183,15 @@ CASES: dict[str, tuple[Callable[[], Method], Net]] = {
     "mono_forward": (methods.mono_forward, partial(conv, boundary="after")),
     "cascade": (methods.cascade, conv),
     "random_classifiers": (methods.random_classifiers, conv),
+    "LocalLearning of tokens": (methods.LocalLearning, tokens),
+    "ProxyObjective of tokens": (
+        lambda: methods.ProxyObjective(objectives.SupCon(kernel="relu")),
+        partial(tokens, kernel="relu"),
+    ),
+    "TransportRegularised of tokens": (methods.TransportRegularised, tokens),
+    "hsic_bottleneck of tokens": (methods.hsic_bottleneck, tokens),
+    "infopro of tokens": (methods.infopro, tokens),
+    "local_error_signals of tokens": (methods.local_error_signals, tokens),
 }
 
 
