@@ -800,17 +800,21 @@ def test_networks_outside_the_theorem_are_told_so(last: Any, reason: str, digits
     assert math.isfinite(report.achieved) and len(pixels) == report.n
 
 
-def test_cifar_takes_seconds_and_less_than_a_gigabyte(real_data: Path) -> None:
-    """CPU seconds of one thread, not wall time: the machine may be busy. Measured: 15 s, 0.7 GB."""
+def test_cifar_takes_some_forward_passes_and_less_than_a_gigabyte(real_data: Path) -> None:
+    """In forward passes of the same network on the same processor. Measured: 16 to 22 passes, 0.7 GB."""
     script = """
 import resource, time, torch, modlib
 torch.set_num_threads(1)
 net = modlib.partition(modlib.networks.cnn((16, 32, 64), seed=0), modules=2)
 data = modlib.data.load("cifar10")
 start = time.process_time()
+modlib.evaluate(net, data, "train")
+one = time.process_time() - start
+start = time.process_time()
 gap = modlib.certificates.optimality_gap(net, data)
 assert gap.n == 50000 and gap.duality_gap < 1e-6, gap
-print(time.process_time() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6)
+passes = (time.process_time() - start) / one
+print(passes, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6)
 """
     environment = os.environ | {"MODLIB_DATA": str(real_data), "OMP_NUM_THREADS": "1"}
     if not (real_data / "cifar10").exists():
@@ -818,8 +822,8 @@ print(time.process_time() - start, resource.getrusage(resource.RUSAGE_SELF).ru_m
     out = subprocess.run(
         [sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True
     )
-    seconds, gigabytes = map(float, out.stdout.split())
-    assert seconds < 60  # thirty seconds on two cores
+    passes, gigabytes = map(float, out.stdout.split())
+    assert passes < 60
     assert gigabytes < 1.0
 
 
