@@ -10,7 +10,7 @@ export OMP_NUM_THREADS ?= 1
 
 # What PyTorch and its libraries would do on another processor: no stored or tested number may notice.
 ELSEWHERE := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_CBWR=COMPATIBLE
-PYTEST := MODLIB_QUICK=1 $(BIN)/pytest -n 2 --dist loadscope -q
+PYTEST := MODLIB_QUICK=1 $(BIN)/pytest --dist loadscope -q
 
 .PHONY: help book pages compare test elsewhere everywhere check setup notebooks clean
 
@@ -63,15 +63,15 @@ check: $(STAMP)
 test: check
 	@for name in chromium chromium-browser google-chrome; do command -v $$name; done | grep -q . || \
 		echo "make: there is no Chromium here, so the pages are tested without a browser"
-	@$(PYTEST)
+	@$(PYTEST) -n 2
 
 elsewhere: $(STAMP)
-	@env $(ELSEWHERE) $(PYTEST) modlib book tests/test_records.py tests/test_transfer.py
+	@env $(ELSEWHERE) $(PYTEST) -n 2 modlib book tests/test_records.py tests/test_transfer.py
 
 everywhere: $(STAMP)
-	@env ATEN_CPU_CAPABILITY=default $(PYTEST)
-	@env $(ELSEWHERE) $(PYTEST)
-	@env $(ELSEWHERE) OMP_NUM_THREADS=2 $(PYTEST)
+	@env ATEN_CPU_CAPABILITY=default $(PYTEST) -n 2
+	@env $(ELSEWHERE) $(PYTEST) -n 2
+	@env $(ELSEWHERE) OMP_NUM_THREADS=2 $(PYTEST) -n 1
 
 notebooks: $(STAMP)
 	@$(BIN)/jupyter execute --inplace book/*.ipynb
