@@ -825,7 +825,7 @@ print(seconds / (time.process_time() - start), gigabytes)
     )
     passes, gigabytes = map(float, out.stdout.split())
     assert passes < 60
-    assert gigabytes < 1.0, gigabytes
+    assert gigabytes < 0.6  # measured: 0.29 to 0.5
 
 
 # Counter-examples and stability ----------------------------------------------------------------
