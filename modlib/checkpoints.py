@@ -54,11 +54,12 @@ class Checkpoint:
                 f"checkpoint: {self.path} is damaged and cannot be read; move it away to start anew "
                 "(it was left as it is)."
             ) from error
-        for name, value in self.settings.items():
-            if settings.get(name) != value:
+        for name in self.settings | settings:  # an older version's settings have other names
+            then, now = settings.get(name), self.settings.get(name)
+            if then != now:
                 raise ValueError(
-                    f"checkpoint: {self.path} belongs to a run with {name}={settings.get(name)!r}, "
-                    f"not {value!r}; use the same settings or another path."
+                    f"checkpoint: {self.path} belongs to a run with {name}={then!r}, "
+                    f"not {now!r}; use the same settings or another path."
                 )
         return state
 

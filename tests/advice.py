@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,28 @@ Place = tuple[Path, int]
 ERRORS = (ValueError, TypeError, OSError, FloatingPointError, NotImplementedError)
 
 
-def advised(case: Case, files: Iterable[Path]) -> set[Place]:
+def unreached(
+    files: Sequence[Path],
+    cases: Iterable[Case],
+    on_disk: Iterable[Callable[[Path], Case]],
+    folder: Path,
+) -> list[str]:
+    """Do all cases, those on disk in a folder of their own; the ``raise`` statements none came to."""
+    reached = {place for case in cases for place in _advised(case, files)}
+    for make in on_disk:
+        place = folder / make.__name__
+        place.mkdir()
+        reached |= _advised(make(place), files)
+    return [
+        f"{file.name}:{node.lineno} {ast.unparse(node)}"
+        for file in files
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Raise) and node.exc and node.end_lineno
+        if not reached & {(file, line) for line in range(node.lineno, node.end_lineno + 1)}
+    ]
+
+
+def _advised(case: Case, files: Iterable[Path]) -> set[Place]:
     """Do a case; the lines of these files from which its error came."""
     wrong, right = case
     with pytest.raises(ERRORS) as error:
@@ -26,17 +47,6 @@ def advised(case: Case, files: Iterable[Path]) -> set[Place]:
     for call in right:
         call()
     return _places(error.value, set(files))
-
-
-def unreached(files: Iterable[Path], reached: set[Place]) -> list[str]:
-    """The ``raise`` statements of these files that no case came to."""
-    return [
-        f"{file.name}:{node.lineno} {ast.unparse(node)}"
-        for file in files
-        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
-        if isinstance(node, ast.Raise) and node.exc and node.end_lineno
-        if not reached & {(file, line) for line in range(node.lineno, node.end_lineno + 1)}
-    ]
 
 
 def _places(error: BaseException | None, files: set[Path]) -> set[Place]:

@@ -1600,60 +1600,43 @@ def a_line_too_few(tree: Path) -> str:
     return "has 5 lines but .*val has 6 images"
 
 
-def change_list(tree: Path, old: str, new: str) -> None:
+@pytest.mark.parametrize("spoil", [no_kit, a_line_too_few])
+def test_a_list_without_names_that_will_not_do_is_explained(
+    tree: Path, tmp_path: Path, spoil: Callable[[Path], str]
+) -> None:
+    list_is_refused(tree, tmp_path, spoil(tree))
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "expected"),
+    [
+        (
+            "ant_1.png ant",
+            "ant_1.png wasp",
+            "val.txt names class 'wasp' but .*train has no such folder",
+        ),
+        ("ant_1.png ant", "ant_1.png 3", "val.txt names class '3'"),
+        (
+            "bee_1.png bee",
+            "bee_9.png bee",
+            "the line 'bee_9.png bee', which names no image in .*val with its class",
+        ),
+        ("bee_1.png bee", "bee_1.png", "the line 'bee_1.png', which names no image"),
+        ("bee_1.png bee\n", "", "val.txt has no line for .*val/bee_1.png"),
+        (" bee", " ant", "val.txt names no image of class 'bee'"),
+    ],
+)
+def test_a_list_that_will_not_do_is_explained(
+    tree: Path, tmp_path: Path, old: str, new: str, expected: str
+) -> None:
     list_flat(tree, "val.txt")
     text = (tree / "val.txt").read_text()
     assert old in text
     (tree / "val.txt").write_text(text.replace(old, new))
+    list_is_refused(tree, tmp_path, expected)
 
 
-def other_class(tree: Path) -> str:
-    change_list(tree, "ant_1.png ant", "ant_1.png wasp")
-    return "val.txt names class 'wasp' but .*train has no such folder"
-
-
-def number_too_high(tree: Path) -> str:
-    change_list(tree, "ant_1.png ant", "ant_1.png 3")
-    return "val.txt names class '3'"
-
-
-def other_image(tree: Path) -> str:
-    change_list(tree, "bee_1.png bee", "bee_9.png bee")
-    return "the line 'bee_9.png bee', which names no image in .*val with its class"
-
-
-def class_forgotten(tree: Path) -> str:
-    change_list(tree, "bee_1.png bee", "bee_1.png")
-    return "the line 'bee_1.png', which names no image"
-
-
-def image_forgotten(tree: Path) -> str:
-    change_list(tree, "bee_1.png bee\n", "")
-    return "val.txt has no line for .*val/bee_1.png"
-
-
-def class_never_shown(tree: Path) -> str:
-    change_list(tree, " bee", " ant")
-    return "val.txt names no image of class 'bee'"
-
-
-@pytest.mark.parametrize(
-    "spoil",
-    [
-        no_kit,
-        a_line_too_few,
-        other_class,
-        number_too_high,
-        other_image,
-        class_forgotten,
-        image_forgotten,
-        class_never_shown,
-    ],
-)
-def test_a_list_that_will_not_do_is_explained(
-    tree: Path, tmp_path: Path, spoil: Callable[[Path], str]
-) -> None:
-    expected = spoil(tree)
+def list_is_refused(tree: Path, tmp_path: Path, expected: str) -> None:
     with pytest.raises(ValueError, match=expected) as error:
         load(str(tree), tmp_path / "root")
     assert str(tree) in one_sentence(error)

@@ -14,13 +14,14 @@ import numpy as np
 import pytest
 import torch
 from interrupted import CASES, train, train_and_die
+from returning import Returning
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
 import modlib
 from modlib import networks, training, zoo
-from modlib.checkpoints import Checkpoint
+from modlib.checkpoints import Checkpoint, read_whole, save_whole
 from modlib.data import Augment, Dataset, Loader
 from modlib.methods import E2EBP, LocalLearning, ProxyObjective, Stage, sgd
 from modlib.network import ModularNetwork, partition
@@ -210,6 +211,14 @@ def test_a_checkpoint_of_another_run_is_refused(
     run: dict[str, Any] = {"net": small_net(), "method": LocalLearning(), "epochs": 1} | change
     net, learner = run.pop("net"), run.pop("method")
     refused(checkpoint, message, net, learner, digits, resume=True, **run)
+
+
+def test_a_checkpoint_of_an_older_version_is_refused(checkpoint: Path, digits: Dataset) -> None:
+    state = read_whole(checkpoint)
+    state["settings"]["epochs"] = state.pop("epochs")  # where they once stood
+    save_whole(state, checkpoint)
+    message = r"belongs to a run with epochs=\(1,\), not None"
+    refused(checkpoint, message, small_net(), LocalLearning(), digits, epochs=1, resume=True)
 
 
 def test_a_checkpoint_of_other_data_or_another_network_is_refused(
@@ -638,17 +647,6 @@ def test_the_rehearsal_leaves_no_trace(case: str, monkeypatch: pytest.MonkeyPatc
     assert states_equal(net, other)
 
 
-class Wrong(Objective):
-    """An objective that returns something else than a scalar."""
-
-    def __init__(self, returned: Callable[[Tensor], Any]) -> None:
-        super().__init__()
-        self.returned = returned
-
-    def forward(self, h: Tensor, y: Tensor) -> Any:
-        return self.returned(F.cross_entropy(h, y, reduction="none"))
-
-
 @pytest.mark.parametrize(
     ("returned", "message"),
     [
@@ -666,7 +664,9 @@ def test_what_an_objective_may_return_is_told_before_any_training(
     net = partition(networks.cnn((4, 8), channels=1, size=8, stride=1, kernel="relu", seed=0), 2)
     before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
     learner = (
-        LocalLearning(in_turn=True, output=Wrong(returned)) if last else E2EBP(Wrong(returned))
+        LocalLearning(in_turn=True, output=Returning(returned))
+        if last
+        else E2EBP(Returning(returned))
     )
     with pytest.raises((TypeError, ValueError), match=f"objective: {message}"):
         quiet_fit(net, learner, digits, checkpoint=tmp_path / "run.pt")
