@@ -7,7 +7,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from numbers import Integral, Real
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from modlib.data.loader import Split
 from modlib.methods import Method, Stage
 from modlib.methods.method import Batches, check_logits
 from modlib.network import ModularNetwork, evaluating, in_precision
+from modlib.networks.sizes import check_whole
 from modlib.rehearsal import rehearse
 
 Schedule = Callable[[float], float]
@@ -150,8 +151,8 @@ def fit(
     device = pick_device(device)
     net = net if isinstance(net, ModularNetwork) else ModularNetwork([[("net", net)]])
     augmentation = _augment(augment, data)
-    _check_whole("batch_size", batch_size, 1)
-    _check_whole("seed", seed, 0)
+    check_whole(batch_size=batch_size)
+    check_whole(least=0, seed=seed)
     if resume and checkpoint is None:
         raise ValueError("resume=True needs a checkpoint to go on from; give checkpoint=PATH.")
     factor = _schedule(schedule)
@@ -482,7 +483,7 @@ def _epochs(epochs: int | Sequence[int], stages: int) -> tuple[int, ...]:
             "stages; give one number for all, or one for each."
         )
     for length in lengths:
-        _check_whole("epochs", length, 1)
+        check_whole(epochs=length)
     return lengths
 
 
@@ -490,11 +491,6 @@ def _check_kind(name: str, value: object, kind: type, example: str) -> None:
     if not isinstance(value, kind):
         what = f"the class {value.__name__}" if isinstance(value, type) else f"{value!r:.60}"
         raise TypeError(f"{name}: {what} is no {kind.__name__}; give one, such as {example}.")
-
-
-def _check_whole(name: str, value: int, least: int) -> None:
-    if not isinstance(value, Integral) or value < least:
-        raise ValueError(f"{name}={value!r}: give a whole number of at least {least}.")
 
 
 def _tensor_shapes(state: dict[str, Any]) -> dict[str, tuple[int, ...]]:

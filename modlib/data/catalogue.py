@@ -140,7 +140,7 @@ def explain(name: str, root: Root = None, *, size: int | None = None) -> str:
         raise _unknown(name, place)
     if source.prepare is None:
         return about + _by_hand(name)
-    return f"{about}not prepared in {folder} yet: {_how(name, folder)}"
+    return f"{about}not prepared in {folder} yet: {_how(name, folder, size)}"
 
 
 def _ensure(
@@ -191,14 +191,14 @@ def _fetch(name: str, source: Source, folder: Path, size: int | None) -> None:
         except Unreachable as error:
             raise ConnectionError(
                 f"{name} is not in {folder} and could not be downloaded ({error}); "
-                f"modlib.data.load('digits') works offline; to have {name}, {_how(name, folder)}"
+                f"modlib.data.load('digits') works offline; to have {name}, {_how(name, folder, size)}"
             ) from error
     print(f"{name}: prepared in {folder}")
 
 
-def _how(name: str, folder: Path) -> str:
+def _how(name: str, folder: Path, size: int | None) -> str:
     files = ", ".join(f"{part}.npy" for part in PARTS)
-    sized = "" if folder.name == name else f" --size {folder.name[len(name) + 1 : -2]}"
+    sized = "" if folder.name == name else f" --size {size}"
     return (
         f"run `modlib data {name}{sized} --root {folder.parent}` where there is a network, or put {files} "
         f"and classes.json in {folder}."

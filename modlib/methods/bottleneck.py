@@ -16,8 +16,20 @@ from torch import Tensor
 
 from modlib.methods.local import LocalLearning
 from modlib.methods.method import Stage
-from modlib.network import ModularNetwork
 from modlib.objectives import HSIC
+
+
+class _SharingStage(Stage):
+    """A stage that computes what its layers compare themselves with once a step."""
+
+    def step(self, x: Tensor, y: Tensor) -> Tensor:
+        layers = [objective for objective in self.objectives if isinstance(objective, HSIC)]
+        with ExitStack() as sharing:
+            if layers:
+                target = layers[0].target(x, y)
+                for layer in layers:
+                    sharing.enter_context(layer.holding(target))
+            return super().step(x, y)
 
 
 class Bottleneck(LocalLearning):
@@ -34,22 +46,4 @@ class Bottleneck(LocalLearning):
     3
     """
 
-    def stages(self, net: ModularNetwork, x: Tensor) -> list[Stage]:
-        stages = super().stages(net, x)
-        if self.in_turn:  # one layer a stage: there is nothing to share
-            return stages
-        return [
-            _SharingStage(s.modules, s.objectives, s.optimizers, s.frozen, s.complete)
-            for s in stages
-        ]
-
-
-class _SharingStage(Stage):
-    def step(self, x: Tensor, y: Tensor) -> Tensor:
-        layers = [objective for objective in self.objectives if isinstance(objective, HSIC)]
-        with ExitStack() as sharing:
-            if layers:
-                target = layers[0].target(x, y)
-                for layer in layers:
-                    sharing.enter_context(layer.holding(target))
-            return super().step(x, y)
+    stage_type = _SharingStage

@@ -95,10 +95,11 @@ class CachedFeatures:
 
     def _parts(self, labels: Tensor, seed: int, epoch: int) -> Iterable[Tensor]:
         """The positions of each batch."""
-        on_cpu, size = labels.cpu().numpy(), len(labels) // self._batches
-        if self._pairs and lonely(on_cpu, size):
-            rows = stratified_batches(on_cpu, size, np.random.default_rng((seed, epoch)))
-            return torch.from_numpy(rows).to(labels.device)
+        if self._pairs:
+            on_cpu, size = labels.cpu().numpy(), len(labels) // self._batches
+            if lonely(on_cpu, size):
+                rows = stratified_batches(on_cpu, size, np.random.default_rng((seed, epoch)))
+                return torch.from_numpy(rows).to(labels.device)
         generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
         order = torch.randperm(len(labels), generator=generator).to(labels.device)
         return order.tensor_split(self._batches)

@@ -45,6 +45,8 @@ class LocalLearning(Method):
     3
     """
 
+    stage_type: type[Stage] = Stage  # a subclass may step in its own way
+
     def __init__(
         self,
         objective: Objective | None = None,
@@ -73,7 +75,7 @@ class LocalLearning(Method):
         objectives = self.objectives(net, x)
         optimizers = self.make_optimizers(list(zip(net, objectives, strict=True)))
         if not self.in_turn:
-            return [Stage(list(net), objectives, optimizers)]
+            return [self.stage_type(list(net), objectives, optimizers)]
         modules: list[nn.Module] = list(net)
         return [
             self._stage(modules, k, objective, optimizer)
@@ -98,4 +100,6 @@ class LocalLearning(Method):
     ) -> Stage:
         """Train module k alone, on the output of the frozen ones before it."""
         parts = [modules[k]], [objective], [optimizer], modules[:k], k == len(modules) - 1
-        return CachingStage(*parts, views=self.views) if self.cache_features else Stage(*parts)
+        if self.cache_features:
+            return CachingStage(*parts, views=self.views)
+        return self.stage_type(*parts)

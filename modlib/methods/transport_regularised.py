@@ -27,61 +27,6 @@ from modlib.objectives.supervised import cross_entropy
 _LAST_NORM = {"BasicBlock": "bn2", "Bottleneck": "bn3"}  # torchvision's, which takes long to import
 
 
-class TransportRegularised(LocalLearning):
-    """Train every module on its classifier's loss and on how far its residual blocks move.
-
-    Args:
-        tau: τ > 0, the step of the movement; the larger, the less a distance costs. Distances are
-            means over a residual's entries: for sums over them divide τ by their number.
-        network: the hidden modules' classifiers, as for ``AuxiliaryClassifier``.
-        smoothing: of the labels.
-        in_turn: train one module after another.
-        optimizer: makes one module's optimiser, or a list with one for each module.
-
-    Raises:
-        ValueError: τ is not above 0; (when training starts) no module has a residual block.
-
-    >>> import modlib
-    >>> net = modlib.networks.resnet((4, 8), 1, channels=1, size=8, kernel="relu")
-    >>> data = modlib.data.load("digits").subset(n_train=256, n_test=64)
-    >>> method = TransportRegularised(tau=1.0)
-    >>> history = modlib.fit(modlib.partition(net, 2), method, data, epochs=1, progress=False)
-    >>> len(history.rows[0]["losses"])
-    2
-    """
-
-    def __init__(
-        self,
-        tau: float = 1.0,
-        network: str | nn.Module = "mlp-sr",
-        smoothing: float = 0.1,
-        *,
-        in_turn: bool = False,
-        optimizer: Optimizers = None,
-    ) -> None:
-        if not tau > 0:
-            raise ValueError(f"tau={tau}: give a number above 0; a large one moves freely.")
-        if not 0 <= smoothing < 1:
-            raise ValueError(f"smoothing={smoothing}: give a share of at least 0 and below 1.")
-        super().__init__(
-            _Transport(network, smoothing, tau),
-            in_turn=in_turn,
-            optimizer=optimizer,
-            output=_Transport(nn.Identity(), smoothing, tau),  # the last output IS logits
-        )
-
-    def stages(self, net: ModularNetwork, x: Tensor) -> list[Stage]:
-        if not residual_branches(net):
-            raise ValueError(
-                "net: no module has a residual block whose movement could be watched; give a residual "
-                "network, such as modlib.networks.resnet()."
-            )
-        return [
-            _TransportStage(s.modules, s.objectives, s.optimizers, s.frozen, s.complete)
-            for s in super().stages(net, x)
-        ]
-
-
 def residual_branches(module: nn.Module) -> list[nn.Module]:
     """The layers whose outputs are added to a shortcut.
 
@@ -132,3 +77,57 @@ class _TransportStage(Stage):
                 for branch in residual_branches(module):
                     hooks.callback(branch.register_forward_hook(objective.note).remove)
             return super().step(x, y)
+
+
+class TransportRegularised(LocalLearning):
+    """Train every module on its classifier's loss and on how far its residual blocks move.
+
+    Args:
+        tau: τ > 0, the step of the movement; the larger, the less a distance costs. Distances are
+            means over a residual's entries: for sums over them divide τ by their number.
+        network: the hidden modules' classifiers, as for ``AuxiliaryClassifier``.
+        smoothing: of the labels.
+        in_turn: train one module after another.
+        optimizer: makes one module's optimiser, or a list with one for each module.
+
+    Raises:
+        ValueError: τ is not above 0; (when training starts) no module has a residual block.
+
+    >>> import modlib
+    >>> net = modlib.networks.resnet((4, 8), 1, channels=1, size=8, kernel="relu")
+    >>> data = modlib.data.load("digits").subset(n_train=256, n_test=64)
+    >>> method = TransportRegularised(tau=1.0)
+    >>> history = modlib.fit(modlib.partition(net, 2), method, data, epochs=1, progress=False)
+    >>> len(history.rows[0]["losses"])
+    2
+    """
+
+    stage_type = _TransportStage
+
+    def __init__(
+        self,
+        tau: float = 1.0,
+        network: str | nn.Module = "mlp-sr",
+        smoothing: float = 0.1,
+        *,
+        in_turn: bool = False,
+        optimizer: Optimizers = None,
+    ) -> None:
+        if not tau > 0:
+            raise ValueError(f"tau={tau}: give a number above 0; a large one moves freely.")
+        if not 0 <= smoothing < 1:
+            raise ValueError(f"smoothing={smoothing}: give a share of at least 0 and below 1.")
+        super().__init__(
+            _Transport(network, smoothing, tau),
+            in_turn=in_turn,
+            optimizer=optimizer,
+            output=_Transport(nn.Identity(), smoothing, tau),  # the last output IS logits
+        )
+
+    def stages(self, net: ModularNetwork, x: Tensor) -> list[Stage]:
+        if not residual_branches(net):
+            raise ValueError(
+                "net: no module has a residual block whose movement could be watched; give a residual "
+                "network, such as modlib.networks.resnet()."
+            )
+        return super().stages(net, x)

@@ -1,4 +1,4 @@
-"""What a network is built from is counted in whole numbers."""
+"""What a network is built from, and how long it is trained, is counted in whole numbers."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from numbers import Integral
 
 
-def check_whole(**numbers: object) -> None:
-    """Refuse what is no whole number of at least 1.
+def check_whole(least: int = 1, **numbers: object) -> None:
+    """Refuse what is no whole number of at least so much.
 
     Raises:
         ValueError: naming the argument.
@@ -17,8 +17,8 @@ def check_whole(**numbers: object) -> None:
     ValueError: size=32.0: give a whole number of at least 1.
     """
     for name, number in numbers.items():
-        if not _whole(number):
-            raise ValueError(f"{name}={number!r}: give a whole number of at least 1.")
+        if not _whole(number, least):
+            raise ValueError(f"{name}={number!r}: give a whole number of at least {least}.")
 
 
 def check_list(name: str, numbers: object, least: int = 1) -> None:
@@ -39,5 +39,5 @@ def check_list(name: str, numbers: object, least: int = 1) -> None:
         )
 
 
-def _whole(number: object) -> bool:
-    return isinstance(number, Integral) and int(number) >= 1
+def _whole(number: object, least: int = 1) -> bool:
+    return isinstance(number, Integral) and int(number) >= least
