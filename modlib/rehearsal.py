@@ -37,9 +37,8 @@ def _step(stage: Stage, batches: Batches, seed: int) -> None:
     stage = copy.copy(stage)  # its lists are exchanged, not changed
     stage.optimizers = [cast(Optimizer, _Still(optimizer)) for optimizer in stage.optimizers]
     stage.scalers = [cast(torch.amp.GradScaler, _Prompter()) for _ in stage.optimizers]
-    inputs = Stage.batches(stage, batches, seed).epoch(
-        seed, 0
-    )  # of the input: nothing is cached here
+    # Of the network's input: a stage that stores features would store those of a whole epoch here.
+    inputs = Stage.batches(stage, batches, seed).epoch(seed, 0)
     batch = next((batch for batch in inputs if stage.accepts(batch[1])), None)
     if batch is None:
         names = ", ".join(dict.fromkeys(type(o).__name__ for o in stage.objectives if o.pairs))

@@ -78,9 +78,8 @@ def global_bound(
         return _binary(loss, shares, floor, feature_norm, limit, penalty is not None)
     if max(shares) - min(shares) <= _BALANCED:
         equal = _balanced(len(shares), floor, feature_norm, limit, penalty is not None)
-        return (
-            min(shares) * len(shares) * equal
-        )  # no class has less than this part of an equal share
+        # No class has less than this part of an equal share.
+        return min(shares) * len(shares) * equal
     return unbalanced_bound(shares, floor, feature_norm, head_norm, penalty).value
 
 

@@ -90,9 +90,8 @@ class _Program:
 
     def __init__(self, p: Array, n: Array) -> None:
         self.p, self.n, self.groups, self.many = p, n, len(p), np.flatnonzero(n > 1)
-        self.others = n[:, None] - np.eye(
-            len(p)
-        )  # classes of the row's group but one of the column's
+        # Classes of the row's group other than one class of the column's.
+        self.others = n[:, None] - np.eye(len(p))
         self.to, self.source = np.nonzero(self.others)
         self.i, self.j = np.nonzero(np.triu(self.others))
         self.twin = 1.0 * (self.i == self.j)

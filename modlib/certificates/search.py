@@ -276,9 +276,8 @@ def _binary_moved(g: torch.Generator, size: int, labels: Tensor) -> Tensor:
             values = torch.where(positive, plus(signs * scores), minus(signs * scores))
             high, least = (low + reach, low) if monotone else _best_served(scores, values, positive)
             head = ((high - least) / step.square().sum(1))[:, None] * step
-            far = least + (head * step).sum(
-                1
-            )  # what this head says at the far point; `least` at the other
+            # What the head says at the far point; at the other it says `least`.
+            far = least + (head * step).sum(1)
             moved = torch.where(positive, plus(signs * far[:, None]), minus(signs * least[:, None]))
             found += [(values - moved).mean(1), w.norm(dim=1) - head.norm(dim=1)]
     return torch.stack(found, dim=1)

@@ -38,9 +38,8 @@ from modlib.certificates.conic import Array, Index, solve_dual
 from modlib.certificates.head import BestHead, best_head
 
 _TOLERANCE = 1e-8  # between the bound and the risk of class points that were found
-_GROUPS = (
-    30  # different shares that the cone program tells apart: they cost seconds, 40 cost a minute
-)
+# Different shares that the cone program tells apart: they cost seconds, 40 cost a minute.
+_GROUPS = 30
 _EPSILON = 2.0**-52
 
 
@@ -181,10 +180,8 @@ def certify(
     k = a.T @ a
     v = np.maximum(-k if v is None else (v + v.T) / 2, 0)
     np.fill_diagonal(v, 0)
-    cover, relief = (
-        _covered(k + v, k.diagonal() if u is None else u),
-        program.floor * float(v.sum()),
-    )
+    cover = _covered(k + v, k.diagonal() if u is None else u)
+    relief = program.floor * float(v.sum())
     cost = program.cost(max(cover - relief, 0.0) + unit * (cover + abs(relief)))
     gain = float(entropies.sum())
     return max(0.0, gain - cost - unit * (gain + float(leaving.sum()) + cost))

@@ -23,8 +23,6 @@ from modlib.objectives.proxy import SupCon
 from modlib.objectives.supervised import cross_entropy
 from modlib.tokens import as_maps, maps_shape
 
-_CONTRAST = SupCon(0.07)  # the loss of the form "contrast"
-
 
 class InfoPro(Objective):
     """Reconstruction of the input image, and a loss on labels.
@@ -92,7 +90,7 @@ class InfoPro(Objective):
         return self.form == "contrast" and self.label > 0
 
     def accepts(self, y: Tensor) -> bool:
-        return not self.pairs or _CONTRAST.accepts(y)
+        return not self.pairs or SupCon().accepts(y)
 
     def for_module(self, shape: Sequence[int], classes: int) -> Self:
         shape = maps_shape(shape)
@@ -153,7 +151,7 @@ class InfoPro(Objective):
     def label_loss(self, h: Tensor, y: Tensor) -> Tensor:
         """Loss of the auxiliary network's output."""
         out = cast(Tensor, _made(self.head)(as_maps(h)))
-        return cast(Tensor, _CONTRAST(out, y)) if self.form == "contrast" else cross_entropy(out, y)
+        return SupCon(0.07)(out, y) if self.form == "contrast" else cross_entropy(out, y)
 
     def extra_repr(self) -> str:
         target = "pixels" if self.pixels else "σ(x)"
