@@ -7,8 +7,10 @@ import runpy
 import shutil
 import subprocess
 import sys
+import textwrap
 import tomllib
 import types
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +93,34 @@ def test_version_is_the_same_everywhere() -> None:
     assert f"Version {version}" in (ROOT / "book/how-to-use.md").read_text()
     config = yaml.safe_load((ROOT / "_config.yml").read_text())["sphinx"]["config"]
     assert version.startswith(config["version"])
+
+
+def functions(source: str) -> Iterator[tuple[str, str | None]]:
+    """Each function's code and its docstring, if it has one, without their indentation."""
+    for node in ast.walk(ast.parse(textwrap.dedent(source))):
+        if isinstance(node, ast.FunctionDef):
+            docstring = ast.get_docstring(node)
+            node.body = node.body[docstring is not None :] or [ast.Pass()]
+            yield ast.unparse(node), docstring
+
+
+def shown(notebook: Path) -> list[str]:
+    """The pieces of code that the notebook's stored outputs print."""
+    data = [o["data"] for cell in cells(notebook) for o in cell["outputs"] if "data" in o]
+    texts = ["".join(d.get("text/markdown", "")) for d in data]
+    blocks = [block for text in texts for block in re.findall(r"```python\n(.*?)```", text, re.S)]
+    # What IPython's Code shows is plain text as well.
+    return blocks + ["".join(d["text/plain"]) for d in data if "text/latex" in d]
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
+def test_pages_show_the_library_as_it_is(notebook: Path) -> None:
+    files = (ROOT / "modlib").rglob("*.py")
+    library = {function for path in files for function in functions(path.read_text())}
+    library |= {(code, None) for code, _ in library}  # a page may leave docstrings out
+    for block in shown(notebook):
+        for function in functions(block):
+            assert function in library, f"{notebook.name} shows what has changed; run it again"
 
 
 def test_no_large_file_is_tracked() -> None:
