@@ -352,6 +352,15 @@ def test_the_bound_is_true_whatever_the_solver_answers(
     assert 0 < unbalanced_bound(shares, -1.0, head_norm=2.0).value <= true.value + 1e-8
 
 
+def test_flows_that_do_not_balance_are_repaired() -> None:
+    """A free bias costs nothing only if each class receives what it sends: else the value would be log 3."""
+    shares = np.array([0.7, 0.2, 0.1])
+    program = unbalanced.Program(shares, floor=0.0, norm=0.01, penalty=None)
+    everywhere = np.tile(shares / 3, (3, 1))  # each class confused with all alike
+    reached = unbalanced_bound([0.7, 0.2, 0.1], 0.0, head_norm=0.01).reached
+    assert unbalanced.certify(program, everywhere) <= reached
+
+
 # Rounding --------------------------------------------------------------------------------------
 
 
@@ -1038,6 +1047,20 @@ def test_floors_that_nobody_can_attain_give_one_stability_bound() -> None:
     bounds = stability_bound(low, 3.0)
     assert bounds == stability_bound(least, 3.0)
     assert bounds.lower <= share <= bounds.upper <= bounds.linear
+
+
+def test_an_example_beyond_the_ideal_does_not_pay_for_another() -> None:
+    """Cross-entropy falls slower beyond the ideal margin than it rises before it."""
+    floor = -1 / 999
+    away = (1 - floor) * torch.tensor([0.5, -0.5]).double()
+    none = torch.zeros(2).double()
+    bounds = stability_bound(
+        Deviations(none, away, none, floor, 1.0, classes=1000), head_norm=300.0
+    )
+    scale = 300.0 * math.sqrt((1 - floor) / 999)
+    short, ideal, long = (math.log1p(999 * math.exp(-scale * x)) for x in (0.5, 1.0, 1.5))
+    assert bounds.upper == pytest.approx((short + long) / 2 - ideal)
+    assert bounds.upper < bounds.linear == pytest.approx(scale / 4)
 
 
 @pytest.mark.parametrize("theta", [0.0, 0.4, 0.99])
