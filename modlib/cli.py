@@ -147,7 +147,7 @@ def _compare(options: argparse.Namespace) -> None:
 
 
 _RUN = """\
-The record is written to RESULTS/RECIPE-PROFILE-seedN.json when the run ends. Ctrl-C, or a kill,
+The record is written to RESULTS/RECIPE/PROFILE-seedN.json when the run ends. Ctrl-C, or a kill,
 leaves a checkpoint under RUNS/; the same command with --resume goes on from it and ends in the same
 history. Examples:  modlib run list
            modlib run cifar10-e2ebp --profile cpu --seed 1 --resume

@@ -2,7 +2,7 @@
 
 Reads the networks that a run kept after its epochs, and for the features of each (all layers but the
 head, trained with all pairs or, by E2EBP, with all labels) writes to
-``book/results/few-labels/RECIPE-PROFILE-seedN.json``:
+``book/results/few-labels/RECIPE/PROFILE-seedN.json``:
 
 - ``checkpoints``: for each epoch, test accuracies of heads from 1, 2, 5, 10 and 100 labels a class (nearest
   anchors in 100 random draws, linear heads in ten) and from all; for one label a class the bounds of
@@ -72,7 +72,7 @@ def few_labels(
         ValueError: the run or its record is not there, or it has been measured already.
     """
     run = kept(recipe, profile, seed, root, results, runs)
-    target = Path(results) / "few-labels" / run.target.name
+    target = Path(results) / "few-labels" / recipe / run.target.name
     check_absent(target)
     done, data, settings = run.record, run.data, RECIPES[recipe].profiles[profile]
     sizes = [n for n in SIZES if n <= _smallest_class(data)]

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from modlib import checkpoints
 from modlib.data import Dataset, Loader
 from modlib.experiments.recipes import RECIPES
-from modlib.experiments.run import Record
+from modlib.experiments.run import Record, places
 from modlib.kernels import FeatureMap
 from modlib.network import ModularNetwork
 
@@ -63,8 +63,7 @@ def kept(
     Raises:
         ValueError: the run or its record is not there.
     """
-    name = f"{recipe}-{profile}-seed{seed}"
-    target, folder = Path(results) / f"{name}.json", Path(runs) / name
+    target, folder = places(recipe, profile, seed, results, runs)
     if recipe not in RECIPES or not target.exists() or not folder.exists():
         raise ValueError(
             f"{target} or {folder} is missing; run the recipe first: modlib run {recipe}."

@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.nn import functional as F
 
 from modlib import methods, objectives
 from modlib.experiments.recipe import (
-    CIFAR10_LONG,
     MNIST,
     MNIST_CNN,
     MNIST_HSIC,
     RESNET,
     VGG8B,
     Recipe,
+    cifar10,
     norm_mlp,
     resnet,
     steps,
@@ -30,23 +27,16 @@ from modlib.experiments.recipe import (
 from modlib.methods import (
     E2EBP,
     DifferenceTargetPropagation,
-    InformationPropagation,
-    LocalLearning,
     Method,
     ProxyObjective,
     sgd,
 )
 from modlib.methods.method import MakeOptimizer
-from modlib.objectives import InfoPro, Objective
+from modlib.objectives import Objective
 
 
 def _e2ebp(name: str, lr: float, **options: Any) -> Recipe:
     return Recipe(name, 3, partial(E2EBP, optimizer=sgd(lr)), {"lr": lr}, **options)
-
-
-def _local(name: str, lr: float, in_turn: bool) -> Recipe:
-    method = partial(LocalLearning, in_turn=in_turn, optimizer=sgd(lr))
-    return Recipe(name, 3, method, {"lr": lr, "auxiliary": "mlp-sr"})
 
 
 def _mnist(name: str, method: Callable[[], Method]) -> Recipe:
@@ -70,25 +60,13 @@ def _proxy(
     return Recipe(name, (*cut, "features"), method, note, output_apart=True, **options)
 
 
-class _SquaredError(InfoPro):
-    """InfoPro with the decoder of the small recipes: the squared error of normalised pixels."""
-
-    def reconstruction_loss(self, h: Tensor, x: Tensor) -> Tensor:
-        return F.mse_loss(self.rebuilt(h, x), x)
-
-
-class _InfoProSquared(InformationPropagation):
-    def _objective(self, weights: tuple[float, float], channels: int) -> InfoPro:
-        return _SquaredError(*weights, self.form, channels=channels)
-
-
-# Weights of (reconstruction, labels) of the first and the last hidden module, by number of modules: those
-# published for 2, and for 4, with λ1 by 8. The published reconstruction is a cross-entropy of pixels in
-# [0, 1], whose excess over its least value is about an eighth or more of the small recipes' squared error.
+# InfoPro's weights of (reconstruction, labels) of the first and the last hidden module, by number of
+# modules: those published for cuts balanced by memory. (None are published for six; four have the same as
+# three.)
 _INFOPRO: dict[int, tuple[tuple[float, float], tuple[float, float] | None]] = {
-    2: ((5 / 8, 0.5), None),
-    3: ((1 / 8, 0.0), (0.0, 1.0)),
-    6: ((1 / 8, 0.0), (0.0, 1.0)),
+    2: ((5.0, 0.1), None),
+    3: ((5.0, 0.0), (5.0, 0.1)),
+    6: ((5.0, 0.0), (5.0, 0.1)),
 }
 
 # Local objectives on networks cut into 2, 3 or 6 modules, as functions of the optimiser.
@@ -104,10 +82,10 @@ LOCAL: dict[str, Callable[[MakeOptimizer, int], Method]] = {
     "mono-forward": lambda make, _: methods.mono_forward(optimizer=make),
     "random": lambda make, _: methods.random_classifiers(optimizer=make),
     "auglocal": lambda make, _: methods.AugLocal(optimizer=make),
-    "infopro-softmax": lambda make, k: _InfoProSquared(
+    "infopro-softmax": lambda make, k: methods.infopro(
         *_INFOPRO[k], form="softmax", optimizer=make
     ),
-    "infopro-contrast": lambda make, k: _InfoProSquared(
+    "infopro-contrast": lambda make, k: methods.infopro(
         *_INFOPRO[k], form="contrast", optimizer=make
     ),
 }
@@ -121,27 +99,36 @@ OTHER_ORDER: dict[str, Callable[[MakeOptimizer, int], Method]] = {
 ADAM = {"pred", "sim", "predsim", "predsim-in-turn"}  # as published; all others by SGD
 
 
-def _locally(key: str, modules: int, lr: float) -> Recipe:
+# First layers of the later modules, by number of modules.
+_CUTS = {2: ("conv3",), 3: ("conv3", "conv5"), 6: ("conv2", "conv3", "conv4", "conv5", "conv6")}
+
+
+def _locally(key: str, modules: int, lr: float, boundary: str = "after") -> Recipe:
+    """Modules end after their ReLU, as published, or before it."""
     make = partial(torch.optim.Adam, lr=lr) if key in ADAM else sgd(lr)
-    note = {"lr": lr, "objective": key}
-    method = {**LOCAL, **OTHER_ORDER}[key]
-    return Recipe(f"cifar10-{key}-k{modules}", modules, partial(method, make, modules), note)
-
-
-# Heads that see their module's output after its ReLU, as published; the same layers are cut.
-AFTER = ("greedy-1", "dgl", "pred", "sim", "predsim", "mono-forward", "random")
-_CUTS = {3: ("conv3", "conv5"), 6: ("conv2", "conv3", "conv4", "conv5", "conv6")}
-
-
-def _after(key: str, modules: int, lr: float) -> Recipe:
-    before = _locally(key, modules, lr)
-    return replace(
-        before,
-        name=f"cifar10-{key}-after-k{modules}",
-        cut=_CUTS[modules],
-        note={**before.note, "boundary": "after"},
-        build=partial(trunk, boundary="after"),
+    before = "-before" if boundary == "before" else ""
+    return Recipe(
+        f"cifar10-{key}{before}-k{modules}",
+        _CUTS[modules],
+        partial({**LOCAL, **OTHER_ORDER}[key], make, modules),
+        {"lr": lr, "objective": key, "boundary": boundary},
+        build=partial(trunk, boundary=boundary),
     )
+
+
+def _recomputing(modules: int, lr: float) -> Recipe:
+    """End-to-end backpropagation that keeps the modules' outputs alone."""
+    name = f"cifar10-e2ebp-recomputed-k{modules}"
+    method = partial(E2EBP, optimizer=sgd(lr), recompute=True)
+    build = partial(trunk, boundary="after")
+    return Recipe(name, _CUTS[modules], method, {"lr": lr, "boundary": "after"}, build=build)
+
+
+# Those of which the other side of the ReLU is measured as well.
+BEFORE = (
+    "greedy-1", "greedy-2", "cascade", "dgl", "dgl-cnn", "pred", "sim", "predsim", "mono-forward",
+    "random", "auglocal",
+)  # fmt: skip
 
 
 def _vgg8b(name: str, method: Method, modules: int, slope: float) -> Recipe:
@@ -221,7 +208,6 @@ def _trunk_cut(key: str, lr: float) -> Recipe:
 # Recipes as functions of the learning rate, for tuning.
 TUNED: dict[str, Callable[[float], Recipe]] = {
     "cifar10-e2ebp": lambda lr: _e2ebp("cifar10-e2ebp", lr),
-    "cifar10-dgl": lambda lr: _local("cifar10-dgl", lr, in_turn=False),
     **{
         f"cifar10-proxy-{key}": partial(_proxy, f"cifar10-proxy-{key}", make)
         for key, make in _PROXIES.items()
@@ -229,18 +215,13 @@ TUNED: dict[str, Callable[[float], Recipe]] = {
     **{
         f"cifar10-proxy3-{key}": partial(_trunk_cut, key) for key in ("centred-alignment", "supcon")
     },
-    **{
-        f"cifar10-{key}-k3": partial(_locally, key, 3)
-        for key in (*LOCAL, *OTHER_ORDER)
-        if key != "dgl"  # that is cifar10-dgl
-    },
-    **{f"cifar10-{key}-after-k3": partial(_after, key, 3) for key in AFTER},
+    **{f"cifar10-{key}-k3": partial(_locally, key, 3) for key in (*LOCAL, *OTHER_ORDER)},
+    **{f"cifar10-{key}-before-k3": partial(_locally, key, 3, boundary="before") for key in BEFORE},
 }
 
-# The best of those tried on held-out training images: book/results/tuning/cifar10.json (a test compares).
+# The best of those tried on held-out training images: book/results/learning-rates.json (a test compares).
 RATES: dict[str, float] = {
     "cifar10-e2ebp": 1.0,
-    "cifar10-dgl": 1.0,
     "cifar10-proxy-supcon": 0.1,
     "cifar10-proxy-log-contrastive-balanced": 0.03,
     "cifar10-proxy-centred-alignment": 0.3,
@@ -257,26 +238,23 @@ RATES: dict[str, float] = {
     "cifar10-proxy3-centred-alignment": 1.0,
     "cifar10-proxy3-supcon": 0.1,
     "cifar10-greedy-1-k3": 0.3,
-    "cifar10-greedy-2-k3": 0.3,
-    "cifar10-cascade-k3": 0.3,
-    "cifar10-dgl-cnn-k3": 0.3,
-    "cifar10-pred-k3": 0.003,
-    "cifar10-sim-k3": 0.01,
+    "cifar10-dgl-k3": 1.0,
+    "cifar10-pred-k3": 0.03,
+    "cifar10-mono-forward-k3": 0.1,
     "cifar10-predsim-k3": 0.01,
-    "cifar10-mono-forward-k3": 0.03,
-    "cifar10-random-k3": 1.0,
-    "cifar10-auglocal-k3": 1.0,
-    "cifar10-infopro-softmax-k3": 0.3,
-    "cifar10-infopro-contrast-k3": 0.3,
-    "cifar10-greedy-1-together-k3": 0.3,
-    "cifar10-predsim-in-turn-k3": 0.01,
-    "cifar10-greedy-1-after-k3": 0.3,
-    "cifar10-dgl-after-k3": 1.0,
-    "cifar10-pred-after-k3": 0.03,
-    "cifar10-mono-forward-after-k3": 0.1,
-    "cifar10-predsim-after-k3": 0.01,
-    "cifar10-sim-after-k3": 0.03,
-    "cifar10-random-after-k3": 0.3,
+    "cifar10-sim-k3": 0.03,
+    "cifar10-random-k3": 0.3,
+    "cifar10-greedy-1-before-k3": 0.3,
+    "cifar10-greedy-2-before-k3": 0.3,
+    "cifar10-cascade-before-k3": 0.3,
+    "cifar10-dgl-before-k3": 1.0,
+    "cifar10-dgl-cnn-before-k3": 0.3,
+    "cifar10-pred-before-k3": 0.003,
+    "cifar10-sim-before-k3": 0.01,
+    "cifar10-predsim-before-k3": 0.01,
+    "cifar10-mono-forward-before-k3": 0.03,
+    "cifar10-random-before-k3": 1.0,
+    "cifar10-auglocal-before-k3": 1.0,
 }
 
 _SUPCON = RATES["cifar10-proxy-supcon"]
@@ -284,18 +262,22 @@ _SUPCON = RATES["cifar10-proxy-supcon"]
 RECIPES: dict[str, Recipe] = {
     recipe.name: recipe
     for recipe in (
-        *(make(RATES[name]) for name, make in TUNED.items()),
-        _local("cifar10-greedy", RATES["cifar10-dgl"], in_turn=True),
+        *(make(RATES[name]) for name, make in TUNED.items() if name in RATES),
         *(
-            _locally(key, modules, RATES["cifar10-dgl" if key == "dgl" else f"cifar10-{key}-k3"])
+            _locally(key, k, RATES[f"cifar10-{key}-k3"])
             for key in LOCAL
-            for modules in (2, 3, 6)
-            if (key, modules) != ("dgl", 3)  # that is cifar10-dgl
+            for k in (2, 6)
+            if f"cifar10-{key}-k3" in RATES
         ),
-        *(_after(key, 6, RATES[f"cifar10-{key}-after-k3"]) for key in AFTER),
+        *(
+            _e2ebp(
+                f"cifar10-e2ebp-{epochs}-epochs", RATES["cifar10-e2ebp"], profiles=cifar10(epochs)
+            )
+            for epochs in (12, 16, 21, 32)
+        ),
+        *(_recomputing(modules, RATES["cifar10-e2ebp"]) for modules in (3, 6)),
         _proxy("cifar10-proxy-untrained", _PROXIES["supcon"], 0.0),  # weights stay as drawn
-        _proxy("cifar10-long-supcon", _PROXIES["supcon"], _SUPCON, profiles=CIFAR10_LONG),
-        _e2ebp("cifar10-long-e2ebp", RATES["cifar10-e2ebp"], profiles=CIFAR10_LONG),
+        _proxy("cifar10-proxy-supcon-32-epochs", _PROXIES["supcon"], _SUPCON, profiles=cifar10(32)),
         _proxy("mnist-cnn-supcon", _PROXIES["supcon"], _SUPCON, profiles=MNIST_CNN),
         _e2ebp("mnist-cnn-e2ebp", RATES["cifar10-e2ebp"], profiles=MNIST_CNN),
         *PAPERS,

@@ -35,9 +35,9 @@ def run(
     resume: bool = False,
     progress: bool = True,
 ) -> Record:
-    """Train one network by a recipe and write the record ``results/RECIPE-PROFILE-seedN.json``.
+    """Train one network by a recipe and write the record ``results/RECIPE/PROFILE-seedN.json``.
 
-    While it trains, ``runs/RECIPE-PROFILE-seedN/`` holds a checkpoint to resume from and the
+    While it trains, ``runs/RECIPE/PROFILE-seedN/`` holds a checkpoint to resume from and the
     network after every epoch.
 
     Args:
@@ -61,8 +61,7 @@ def run(
             f"profile={profile!r}: recipe {recipe.name!r} has {', '.join(recipe.profiles)}."
         )
     settings = recipe.profiles[profile]
-    name = f"{recipe.name}-{profile}-seed{seed}"
-    target = Path(results) / f"{name}.json"
+    target, folder = places(recipe.name, profile, seed, results, runs)
     if not resume:
         check_absent(target)
     where = pick_device(device)
@@ -72,7 +71,6 @@ def run(
     net = recipe.network(settings, data, seed, batch[0].cpu()).to(where)
     method = recipe.method()
     measured, price = audit(method, net, batch), costs(method, net, batch)
-    folder = Path(runs) / name
     history = fit(
         net,
         method,
@@ -110,6 +108,14 @@ def run(
     }
     write(record, target)
     return record
+
+
+def places(
+    recipe: str, profile: str, seed: int, results: str | Path, runs: str | Path
+) -> tuple[Path, Path]:
+    """The file of a run's record, and the folder of its checkpoints."""
+    name = f"{profile}-seed{seed}"
+    return Path(results) / recipe / f"{name}.json", Path(runs) / recipe / name
 
 
 def write(record: Record, target: Path) -> None:

@@ -34,7 +34,7 @@ def shelve(
     return zoo.shelve(
         run.after(run.record["history"][-1]),
         Path(results) / "zoo",
-        name=run.target.stem,
+        name=f"{recipe}-{run.target.stem}",
         input_shape=run.data.shape,
         recipe=recipe,
         profile=profile,

@@ -1,6 +1,6 @@
 """Choose each method's learning rate on held-out training images: ``python -m modlib.experiments.tune``.
 
-Test images take no part. What was tried is written to book/results/tuning/cifar10.json, so that a reader
+Test images take no part. What was tried is written to book/results/learning-rates.json, so that a reader
 can see how hard each method was tuned, and that none was favoured.
 """
 
@@ -88,7 +88,7 @@ def search(
 
 def rates(name: str) -> tuple[Sequence[float], Sequence[float]]:
     """The ladder of a recipe, and the rates that its search starts with."""
-    if name.removeprefix("cifar10-").removesuffix("-k3").removesuffix("-after") in ADAM:
+    if name.removeprefix("cifar10-").removesuffix("-k3").removesuffix("-before") in ADAM:
         return ADAM_LADDER, ADAM_START
     return LADDER, FLAT_START if name in FLAT else START
 
@@ -109,7 +109,7 @@ def _accuracy(make: Callable[[float], Recipe], data: Dataset, epochs: int, lr: f
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("names", nargs="*", help="recipes (default: all that are tuned)")
-    parser.add_argument("--out", default="book/results/tuning/cifar10.json")
+    parser.add_argument("--out", default="book/results/learning-rates.json")
     parser.add_argument("--n-train", type=int, default=10_000)
     parser.add_argument("--n-test", type=int, default=5_000)
     parser.add_argument("--epochs", type=int, default=4)

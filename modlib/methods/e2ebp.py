@@ -2,12 +2,21 @@ r"""End-to-end backpropagation: the whole network is one module with one objecti
 
 .. math:: \theta \leftarrow \theta - \eta\, \nabla_\theta\, \mathrm{CE}\bigl(f_K \circ \dots \circ f_1 (x), y\bigr)
 
-Source: Rumelhart, Hinton & Williams 1986. Category measured by the audit: end-to-end.
+With ``recompute`` (gradient checkpointing) autograd keeps what crosses the modules' boundaries, and each
+module runs again when its gradient is due: the same gradient for one more forward pass.
+
+Source: Rumelhart, Hinton & Williams 1986; Chen, Xu, Zhang & Guestrin 2016 (arXiv 1604.06174), section 4.
+Category measured by the audit: end-to-end.
 """
 
 from __future__ import annotations
 
-from torch import Tensor
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
 
 from modlib.methods.method import Method, Optimizers, Stage, checked
 from modlib.network import ModularNetwork
@@ -20,6 +29,8 @@ class E2EBP(Method):
     Args:
         objective: the loss on the network's output; cross-entropy if None.
         optimizer: makes the optimiser from the network's parameters.
+        recompute: keep the modules' outputs alone, and run a module again for its gradient. Every module
+            but the last then runs twice in a step; nothing else changes.
 
     >>> import modlib
     >>> net = modlib.partition(modlib.networks.mlp([64, 32, 10]), modules=2)
@@ -32,11 +43,80 @@ class E2EBP(Method):
         self,
         objective: Objective | None = None,
         optimizer: Optimizers = None,
+        recompute: bool = False,
     ) -> None:
         super().__init__(optimizer)
         self.objective = checked("objective", objective or CrossEntropy())
+        self.recompute = recompute
 
     def stages(self, net: ModularNetwork, x: Tensor) -> list[Stage]:
         (classes,) = net.shapes(x)[-1]
         objective = self.objective.for_module((classes,), classes).to(x.device)
-        return [Stage([net], [objective], self.make_optimizers([[net, objective]]))]
+        stage = _RecomputingStage if self.recompute else Stage
+        return [stage([net], [objective], self.make_optimizers([[net, objective]]))]
+
+
+class _RecomputingStage(Stage):
+    """A stage whose network keeps no graph of its modules, but for the last."""
+
+    def step(self, x: Tensor, y: Tensor) -> Tensor:
+        (net,) = self.modules
+        modules = list(net.children())[:-1]
+        try:
+            for module in modules:
+                module.forward = _recomputed(module)  # type: ignore[method-assign]
+            return super().step(x, y)
+        finally:
+            for module in modules:
+                module.__dict__.pop("forward", None)  # the class's own is back
+
+
+def _recomputed(module: nn.Module) -> Callable[[Tensor], Tensor]:
+    """The module's forward pass, of which autograd keeps the input alone."""
+    run = module.forward
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    return lambda h: _Recompute.apply(module, run, h, *parameters)  # type: ignore[no-any-return]
+
+
+class _Recompute(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, module: nn.Module, run: Callable[[Tensor], Tensor], h: Tensor, *parameters: Tensor
+    ) -> Tensor:
+        ctx.module, ctx.run, ctx.parameters = module, run, parameters
+        ctx.save_for_backward(h)
+        ctx.autocast = torch.is_autocast_enabled(h.device.type)
+        ctx.dtype = torch.get_autocast_dtype(h.device.type)
+        ctx.random = _random_state(h.device)
+        return run(h)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:  # type: ignore[override]
+        needed = ctx.needs_input_grad[2:]
+        h = ctx.saved_tensors[0].detach().requires_grad_(needed[0])
+        autocast = torch.autocast(h.device.type, ctx.dtype, ctx.autocast)
+        inputs = [t for t, wanted in zip((h, *ctx.parameters), needed, strict=True) if wanted]
+        with torch.enable_grad(), _again(ctx.module, ctx.random, h.device):
+            with autocast:
+                out = ctx.run(h)
+            gradients = iter(torch.autograd.grad(out, inputs, gradient))
+        return None, None, *(next(gradients) if wanted else None for wanted in needed)
+
+
+@contextmanager
+def _again(module: nn.Module, state: list[Tensor], device: torch.device) -> Iterator[None]:
+    """The same random numbers as the first time; running statistics are not updated twice."""
+    buffers = [(buffer, buffer.clone()) for buffer in module.buffers()]
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.set_rng_state(state[0])
+        if device.type == "cuda":
+            torch.cuda.set_rng_state(state[1], device)
+        yield
+    with torch.no_grad():
+        for buffer, before in buffers:
+            buffer.copy_(before)
+
+
+def _random_state(device: torch.device) -> list[Tensor]:
+    on_device = [torch.cuda.get_rng_state(device)] if device.type == "cuda" else []
+    return [torch.get_rng_state(), *on_device]

@@ -23,7 +23,7 @@ def records(*, folder: Path | str | None = None, **wanted: Any) -> list[Record]:
     """The run records whose fields have the wanted values, ordered by method and seed.
 
     Args:
-        folder: where the records are, by default ``book/results``.
+        folder: where the folders of recipes are, by default ``book/results``.
         wanted: fields and their values, for example ``recipe="cifar10", profile="cpu"``.
 
     Raises:
@@ -33,14 +33,15 @@ def records(*, folder: Path | str | None = None, **wanted: Any) -> list[Record]:
     >>> import json, tempfile
     >>> from pathlib import Path
     >>> folder = Path(tempfile.mkdtemp())
+    >>> (folder / "demo").mkdir()
     >>> for seed in (1, 0):
     ...     record = {"recipe": "demo", "method": "E2EBP", "seed": seed}
-    ...     _ = (folder / f"{seed}.json").write_text(json.dumps(record))
+    ...     _ = (folder / "demo" / f"{seed}.json").write_text(json.dumps(record))
     >>> [record["seed"] for record in records(folder=folder, recipe="demo")]
     [0, 1]
     """
     where = records_folder() if folder is None else Path(folder)
-    found = [_read(path) for path in sorted(where.glob("*.json"))]
+    found = [_read(path) for path in sorted(where.glob("*/*.json"))]
     matching = [record for record in found if all(record.get(key) == wanted[key] for key in wanted)]
     if not matching:
         what = ", ".join(f"{key}={value!r}" for key, value in wanted.items()) or "any kind"
