@@ -100,7 +100,8 @@ ADAM = {"pred", "sim", "predsim", "predsim-in-turn"}  # as published; all others
 
 
 # First layers of the later modules, by number of modules.
-_CUTS = {2: ("conv3",), 3: ("conv3", "conv5"), 6: ("conv2", "conv3", "conv4", "conv5", "conv6")}
+_LAYERS = ("conv2", "conv3", "conv4", "conv5", "conv6", "features")
+_CUTS = {2: ("conv3",), 3: ("conv3", "conv5"), 6: _LAYERS[:-1], 7: _LAYERS}
 
 
 def _locally(key: str, modules: int, lr: float, boundary: str = "after") -> Recipe:
@@ -275,7 +276,7 @@ RECIPES: dict[str, Recipe] = {
             )
             for epochs in (12, 16, 21, 32)
         ),
-        *(_recomputing(modules, RATES["cifar10-e2ebp"]) for modules in (3, 6)),
+        *(_recomputing(modules, RATES["cifar10-e2ebp"]) for modules in (3, 7)),
         _proxy("cifar10-proxy-untrained", _PROXIES["supcon"], 0.0),  # weights stay as drawn
         _proxy("cifar10-proxy-supcon-32-epochs", _PROXIES["supcon"], _SUPCON, profiles=cifar10(32)),
         _proxy("mnist-cnn-supcon", _PROXIES["supcon"], _SUPCON, profiles=MNIST_CNN),
