@@ -74,8 +74,8 @@ everywhere: $(STAMP)
 	@env $(ELSEWHERE) OMP_NUM_THREADS=2 $(PYTEST) -n 1
 
 notebooks: $(STAMP)
-	@$(BIN)/jupyter execute --inplace book/*.ipynb
-	@$(BIN)/python tools/tidy.py book/*.ipynb
+	@$(BIN)/jupyter execute --inplace book/*.ipynb book/*/*.ipynb
+	@$(BIN)/python tools/tidy.py book/*.ipynb book/*/*.ipynb
 
 clean:
 	rm -rf _build

@@ -20,7 +20,7 @@ from typing import NamedTuple, cast, overload
 import torch
 from torch import Tensor, fx, nn
 
-from modlib.memory import SavedBytes
+from modlib.measure.memory import SavedBytes
 
 Chain = list[tuple[str, nn.Module]]
 Costs = dict[tuple[int, int], float]  # (i, j) -> cost of layers i to j - 1 as one module

@@ -13,8 +13,8 @@ from summed import summed_step
 from torch import Tensor, nn
 
 from modlib import networks
-from modlib.audit import Audit, audit
 from modlib.data import Dataset, Loader
+from modlib.measure.audit import Audit, audit
 from modlib.methods import (
     E2EBP,
     DifferenceTargetPropagation,

@@ -2,7 +2,7 @@
 
 from modlib import networks, partition
 from modlib.data import Dataset, Loader
-from modlib.experiments.costs import costs
+from modlib.measure.costs import costs
 from modlib.methods import E2EBP, LocalLearning
 from modlib.objectives import AuxiliaryClassifier
 

@@ -12,8 +12,8 @@ import torch
 import modlib
 from modlib import ModularNetwork
 from modlib.data import Dataset
-from modlib.diagnosis import Diagnosis, LabelCheck, ModuleCheck, diagnose
 from modlib.methods import Method, sgd
+from modlib.reuse.diagnosis import Diagnosis, LabelCheck, ModuleCheck, diagnose
 
 SUPCON = modlib.objectives.SupCon(0.07, "relu")
 GOOD = (0.1, 0.1, 0.1, 1.0)

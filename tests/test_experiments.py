@@ -15,8 +15,8 @@ from modlib.data import Dataset
 from modlib.experiments import RECIPES, environment, run
 from modlib.experiments.audits import audits
 from modlib.experiments.compare import compare
-from modlib.experiments.recipe import Profile, Recipe
 from modlib.experiments.recipes import PAPERS
+from modlib.experiments.recipes.recipe import Profile, Recipe
 
 RESULTS = Path(__file__).parents[1] / "book" / "results"
 RECORDS = sorted(RESULTS.glob("*-seed*.json"))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from modlib.few_labels import (
+from modlib.reuse.few_labels import (
     anchor_bound,
     anchors,
     draw,

@@ -20,9 +20,9 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
 from modlib import networks
-from modlib.audit import audit
 from modlib.data import Dataset, Loader
-from modlib.memory import SavedBytes
+from modlib.measure.audit import audit
+from modlib.measure.memory import SavedBytes
 from modlib.methods import (
     InformationPropagation,
     LocalLearning,
@@ -35,7 +35,7 @@ from modlib.methods import (
     transport,
     unformatted_accuracy,
 )
-from modlib.methods.transport_regularised import residual_branches
+from modlib.methods.transport import residual_branches
 from modlib.network import ModularNetwork, partition
 from modlib.networks.patches import JoinPatches, Patches, patch_cnn
 from modlib.networks.residual import ResidualUnit, resnet

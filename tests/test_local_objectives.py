@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from modlib import methods, networks
-from modlib.audit import audit
 from modlib.data import Dataset, Loader
+from modlib.measure.audit import audit
 from modlib.methods import E2EBP, AugLocal, Ensemble, KeepHeads, LocalLearning, Method, Stage, sgd
 from modlib.methods.auglocal import chosen_layers
 from modlib.network import ModularNetwork, partition

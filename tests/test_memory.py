@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from modlib import networks
-from modlib.audit import audit
 from modlib.data import Dataset, Loader
-from modlib.memory import SavedBytes
+from modlib.measure.audit import audit
+from modlib.measure.memory import SavedBytes
 from modlib.methods import E2EBP, LocalLearning
 from modlib.network import ModularNetwork, partition
 from modlib.objectives import AuxiliaryClassifier, CrossEntropy, Objective

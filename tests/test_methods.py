@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from modlib import networks, training
-from modlib.audit import audit
 from modlib.data import Augment, Dataset, Loader, load
 from modlib.kernels import FeatureMap
+from modlib.measure.audit import audit
 from modlib.methods import (
     E2EBP,
     DifferenceTargetPropagation,

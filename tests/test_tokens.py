@@ -12,10 +12,9 @@ import torchvision
 from torch import Tensor, nn
 
 from modlib import kernels, methods, networks, objectives
-from modlib.audit import audit
 from modlib.data import Dataset, Loader, load
-from modlib.diagnosis import _dead
 from modlib.kernels import FeatureMap, Gaussian
+from modlib.measure.audit import audit
 from modlib.methods import (
     E2EBP,
     AugLocal,
@@ -27,11 +26,12 @@ from modlib.methods import (
     ProxyObjective,
     TransportRegularised,
 )
-from modlib.methods.transport_regularised import residual_branches
+from modlib.methods.transport import residual_branches
 from modlib.network import ModularNetwork, partition
 from modlib.networks.seeding import redraw
 from modlib.networks.vit import Attention, Block
 from modlib.objectives import AuxiliaryClassifier, Objective, SupCon
+from modlib.reuse.diagnosis import _dead
 from modlib.tokens import as_maps, pooled
 from modlib.training import evaluate, fit
 

@@ -21,12 +21,12 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 
 import modlib
 from modlib import networks, training, zoo
-from modlib.checkpoints import Checkpoint, read_whole, save_whole
 from modlib.data import Augment, Dataset, Loader
 from modlib.methods import E2EBP, LocalLearning, ProxyObjective, Stage, sgd
 from modlib.network import ModularNetwork, partition
 from modlib.objectives import NMSE, Objective, SupCon
 from modlib.training import History, evaluate, fit, pick_device
+from modlib.training.checkpoints import Checkpoint, read_whole, save_whole
 
 quiet_fit = partial(fit, progress=False)
 

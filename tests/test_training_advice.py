@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
 import modlib
-from modlib import checkpoints, methods, networks, rehearsal, training
 from modlib.data import Augment, Dataset, load
 from modlib.kernels import Gaussian
 from modlib.methods import (
@@ -39,7 +38,17 @@ from modlib.methods import (
 from modlib.network import ModularNetwork, partition
 from modlib.networks.cnn import ConvUnit
 from modlib.objectives import CrossEntropy, InfoNCE, SupCon
-from modlib.training import History, evaluate, fit, pick_device
+from modlib.training import (
+    History,
+    checkpoints,
+    evaluate,
+    fit,
+    methods,
+    networks,
+    pick_device,
+    rehearsal,
+    training,
+)
 
 FILES = [
     *(Path(str(module.__file__)) for module in (training, checkpoints, rehearsal)),

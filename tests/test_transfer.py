@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import modlib
 from modlib.data import Dataset
-from modlib.transfer import (
+from modlib.reuse.transfer import (
     centred_alignment,
     leep,
     log_evidence,

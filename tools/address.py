@@ -53,7 +53,7 @@ def derived(root: Path) -> dict[Path, str]:
     settings = yaml.safe_load((root / "_config.yml").read_text(encoding="utf-8"))["repository"]
     url, branch = settings["url"].rstrip("/"), settings["branch"]
     cell = first_cell(url, branch)
-    files = {path: _notebook(path, cell) for path in sorted((root / "book").glob("*.ipynb"))}
+    files = {path: _notebook(path, cell) for path in sorted((root / "book").rglob("*.ipynb"))}
     guide, citation = root / "CONTRIBUTING.md", root / "CITATION.cff"
     files[guide] = re.sub(
         r"(<!-- first cell -->\n```python\n).*?(\n```\n)",

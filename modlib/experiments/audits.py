@@ -7,8 +7,8 @@ from collections.abc import Callable
 from torch import nn
 
 from modlib import networks
-from modlib.audit import Audit, audit
 from modlib.data import Loader, load
+from modlib.measure.audit import Audit, audit
 from modlib.methods import (
     E2EBP,
     AugLocal,

@@ -21,9 +21,9 @@ from modlib.certificates import best_head, global_bound, optimality_gap
 from modlib.data import Dataset
 from modlib.experiments.kept import arguments, body, kept, mean_kernels, told
 from modlib.experiments.run import Record, write
-from modlib.extract import extract
 from modlib.kernels import FeatureMap
 from modlib.network import ModularNetwork
+from modlib.reuse.extract import extract
 
 
 def certify(

@@ -10,8 +10,8 @@ from torch import nn
 
 from modlib import data as datasets
 from modlib import networks
-from modlib.audit import audit
 from modlib.data import Dataset, Loader
+from modlib.measure.audit import audit
 from modlib.methods import E2EBP, LocalLearning, Method, ProxyObjective, sgd
 from modlib.network import partition
 from modlib.objectives import AuxiliaryClassifier, SupCon

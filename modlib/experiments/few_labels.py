@@ -25,11 +25,13 @@ from torch import nn
 from modlib.data import Dataset
 from modlib.experiments import environment
 from modlib.experiments.kept import arguments, body, kept, mean_kernels, told
-from modlib.experiments.recipe import Profile, Recipe
 from modlib.experiments.recipes import RECIPES
+from modlib.experiments.recipes.recipe import Profile, Recipe
 from modlib.experiments.run import Record, check_absent, write
-from modlib.extract import extract
-from modlib.few_labels import (
+from modlib.kernels import double
+from modlib.methods import E2EBP, sgd
+from modlib.reuse.extract import extract
+from modlib.reuse.few_labels import (
     Features,
     anchor_bound,
     anchors,
@@ -39,8 +41,6 @@ from modlib.few_labels import (
     nearest_anchor,
     one_label_bound,
 )
-from modlib.kernels import double
-from modlib.methods import E2EBP, sgd
 from modlib.training import evaluate, fit
 
 SIZES = (1, 2, 5, 10, 100)

@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from modlib import checkpoints
 from modlib.data import Dataset, Loader
 from modlib.experiments.recipes import RECIPES
 from modlib.experiments.run import Record, places
 from modlib.kernels import FeatureMap
 from modlib.network import ModularNetwork
+from modlib.training import checkpoints
 
 
 @dataclass(frozen=True)

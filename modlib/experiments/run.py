@@ -10,15 +10,14 @@ from typing import Any
 
 from torch import nn
 
-from modlib import checkpoints
-from modlib.audit import audit
 from modlib.data import Loader
 from modlib.experiments import environment
-from modlib.experiments.costs import costs
-from modlib.experiments.recipe import Recipe
 from modlib.experiments.recipes import RECIPES
+from modlib.experiments.recipes.recipe import Recipe
+from modlib.measure.audit import audit
+from modlib.measure.costs import costs
 from modlib.network import ModularNetwork
-from modlib.training import History, evaluate, fit, pick_device
+from modlib.training import History, checkpoints, evaluate, fit, pick_device
 
 Record = dict[str, Any]
 

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from modlib import zoo
 from modlib.experiments.kept import arguments, kept, told
-from modlib.zoo import Card
+from modlib.reuse import zoo
+from modlib.reuse.zoo import Card
 
 
 def shelve(

@@ -21,18 +21,19 @@ import torch
 from torch import Tensor
 
 from modlib import data as datasets
-from modlib import objectives, transfer, zoo
+from modlib import objectives
 from modlib.data import Dataset
 from modlib.experiments import environment
 from modlib.experiments.kept import arguments, told
-from modlib.experiments.recipe import CIFAR10, Profile, trunk
-from modlib.experiments.recipes import KERNEL, OUTPUT_LR, RATES
+from modlib.experiments.recipes.cifar10 import KERNEL, OUTPUT_LR, RATES
+from modlib.experiments.recipes.recipe import CIFAR10, Profile, trunk
 from modlib.experiments.run import Record, check_absent, write
-from modlib.extract import extract
-from modlib.few_labels import Features, logistic_head
 from modlib.methods import ProxyObjective, sgd
 from modlib.network import ModularNetwork, partition
 from modlib.objectives import ProxyLoss
+from modlib.reuse import transfer, zoo
+from modlib.reuse.extract import extract
+from modlib.reuse.few_labels import Features, logistic_head
 from modlib.training import evaluate, fit, pick_device
 
 CLASSES = {

@@ -19,8 +19,8 @@ import torch
 
 from modlib import data as datasets
 from modlib.data import Dataset
-from modlib.experiments.recipe import CIFAR10, Recipe
-from modlib.experiments.recipes import ADAM, TUNED
+from modlib.experiments.recipes.cifar10 import ADAM, TUNED
+from modlib.experiments.recipes.recipe import CIFAR10, Recipe
 from modlib.experiments.run import write
 from modlib.training import fit
 

@@ -64,7 +64,7 @@ class _RecomputingStage(Stage):
         modules = list(net.children())[:-1]
         try:
             for module in modules:
-                module.forward = _recomputed(module)  # type: ignore[method-assign]
+                module.forward = _recomputed(module)
             return super().step(x, y)
         finally:
             for module in modules:
@@ -75,7 +75,7 @@ def _recomputed(module: nn.Module) -> Callable[[Tensor], Tensor]:
     """The module's forward pass, of which autograd keeps the input alone."""
     run = module.forward
     parameters = [p for p in module.parameters() if p.requires_grad]
-    return lambda h: _Recompute.apply(module, run, h, *parameters)  # type: ignore[no-any-return]
+    return lambda h: _Recompute.apply(module, run, h, *parameters)
 
 
 class _Recompute(torch.autograd.Function):
@@ -91,7 +91,7 @@ class _Recompute(torch.autograd.Function):
         return run(h)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> Any:
         needed = ctx.needs_input_grad[2:]
         h = ctx.saved_tensors[0].detach().requires_grad_(needed[0])
         autocast = torch.autocast(h.device.type, ctx.dtype, ctx.autocast)

@@ -31,9 +31,9 @@ On the input::
 ``help(modlib.objectives.SupCon)`` says more about one of them; torch's part of it comes last.
 """
 
-from modlib.objectives.dependence import HSIC as HSIC
-from modlib.objectives.dependence import hsic as hsic
-from modlib.objectives.dependence import nhsic as nhsic
+from modlib.objectives.hsic import HSIC as HSIC
+from modlib.objectives.hsic import hsic as hsic
+from modlib.objectives.hsic import nhsic as nhsic
 from modlib.objectives.infonce import InfoNCE as InfoNCE
 from modlib.objectives.infopro import InfoPro as InfoPro
 from modlib.objectives.objective import Objective as Objective

@@ -1,12 +1,12 @@
-"""What the book's pages need beyond Jupyter Book: numbers, launch links, offline assets, accessibility."""
+"""What the book's pages need beyond Jupyter Book: launch links, offline assets, accessibility."""
 
 from sphinx.application import Sphinx
 
-from book_pages import accessible, chapters, launch, offline
+from book_pages import accessible, launch, offline
 
 
 def setup(app: Sphinx) -> dict[str, bool]:
     """Connect the parts to Sphinx."""
-    for part in (accessible, chapters, launch, offline):
+    for part in (accessible, launch, offline):
         part.connect(app)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

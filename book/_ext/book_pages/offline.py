@@ -68,7 +68,7 @@ def _package_files(root: Path) -> list[Path]:
     """What `pip install` needs: the library, how to build it, and the records notebooks read."""
     named = [root / name for name in ("pyproject.toml", "README.md", "LICENSE", "LICENSE-TEXT")]
     library = [path for path in _files(root / "modlib") if path.suffix in (".py", ".typed")]
-    return named + library + sorted((root / "book/results").glob("*.json"))
+    return named + library + sorted((root / "book/results").glob("*/*.json"))
 
 
 def _files(folder: Path) -> list[Path]:

@@ -1,0 +1,1 @@
+"""What is measured: bytes that autograd holds, what a method needs, what a step costs."""

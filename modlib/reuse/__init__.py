@@ -1,0 +1,1 @@
+"""What is done with trained modules: read, trained on pairs, kept, exchanged, repaired."""

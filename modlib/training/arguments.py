@@ -1,0 +1,102 @@
+"""The arguments of ``fit``, checked and turned into what the loop needs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from numbers import Real
+
+import torch
+from torch.optim.lr_scheduler import LRScheduler
+
+from modlib.data import Augment, Dataset, default_augment
+from modlib.networks.sizes import check_whole
+
+Schedule = Callable[[float], float]
+
+SCHEDULES: dict[str, Schedule] = {
+    "constant": lambda progress: 1.0,
+    "one-cycle": lambda progress: progress / 0.2 if progress < 0.2 else (1 - progress) / 0.8,
+    "cosine": lambda progress: 0.5 * (1 + torch.cos(torch.tensor(torch.pi * progress)).item()),
+}
+
+
+def pick_device(device: str | torch.device = "auto") -> torch.device:
+    """A device by name; "auto" takes CUDA, then MPS, then the CPU.
+
+    Raises:
+        ValueError: PyTorch cannot use that device here.
+    """
+    if device == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda", torch.cuda.current_device())
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(
+            f"device={str(device)!r} cannot be used here ({str(error).splitlines()[0]}); use 'auto' "
+            "or 'cpu'."
+        ) from error
+
+
+def augmentation(augment: Augment | str | None, data: Dataset) -> Augment | None:
+    if augment is None or isinstance(augment, Augment):
+        return augment
+    if augment != "auto":
+        raise ValueError(f"augment={augment!r}: give 'auto', None or a data.Augment.")
+    return default_augment(data) or None
+
+
+def precision_name(precision: str, device: torch.device) -> str:
+    known = ("auto", "float32", "bfloat16", "float16")
+    if precision not in known:
+        raise ValueError(f"precision={precision!r}: choose from {', '.join(known)}.")
+    if precision != "auto":
+        return precision
+    if device.type != "cuda":
+        return "float32"
+    return "bfloat16" if torch.cuda.get_device_capability(device) >= (8, 0) else "float16"
+
+
+def schedule_function(schedule: str | Schedule) -> Schedule:
+    own = (
+        f"choose from {', '.join(SCHEDULES)} or give a function from progress in [0, 1) to a factor, "
+        "such as lambda progress: 1 - progress"
+    )
+    kind = schedule if isinstance(schedule, type) else type(schedule)
+    if issubclass(kind, LRScheduler):
+        raise TypeError(
+            f"schedule: {kind.__name__} is torch's and steps an optimiser that it is given, but fit makes "
+            f"the optimisers; {own}."
+        )
+    if not callable(schedule):
+        if not isinstance(schedule, str) or schedule not in SCHEDULES:
+            raise ValueError(f"schedule={schedule!r:.60}: {own}.")
+        return SCHEDULES[schedule]
+    try:
+        first = schedule(0.0)
+    except Exception as error:
+        raise TypeError(
+            f"schedule={schedule!r:.60} fails at progress 0 ({error}); {own}."
+        ) from error
+    if not isinstance(first, Real):
+        raise TypeError(f"schedule={schedule!r:.60} gives {first!r:.60} at progress 0; {own}.")
+    return schedule
+
+
+def stage_lengths(epochs: int | Sequence[int], stages: int) -> tuple[int, ...]:
+    lengths = tuple(epochs) if isinstance(epochs, Sequence) else (epochs,) * stages
+    if len(lengths) != stages:
+        raise ValueError(
+            f"epochs={list(lengths)} has {len(lengths)} numbers, but the method trains in {stages} "
+            "stages; give one number for all, or one for each."
+        )
+    for length in lengths:
+        check_whole(epochs=length)
+    return lengths
+
+
+def check_kind(name: str, value: object, kind: type, example: str) -> None:
+    if not isinstance(value, kind):
+        what = f"the class {value.__name__}" if isinstance(value, type) else f"{value!r:.60}"
+        raise TypeError(f"{name}: {what} is no {kind.__name__}; give one, such as {example}.")
