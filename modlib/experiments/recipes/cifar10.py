@@ -168,6 +168,14 @@ RATES: dict[str, float] = {
     "cifar10-predsim-k3": 0.01,
     "cifar10-sim-k3": 0.03,
     "cifar10-random-k3": 0.3,
+    "cifar10-auglocal-k3": 1.0,
+    "cifar10-cascade-k3": 0.3,
+    "cifar10-dgl-cnn-k3": 1.0,
+    "cifar10-greedy-1-together-k3": 0.3,
+    "cifar10-greedy-2-k3": 0.3,
+    "cifar10-infopro-contrast-k3": 0.3,
+    "cifar10-infopro-softmax-k3": 1.0,
+    "cifar10-predsim-in-turn-k3": 0.01,
     "cifar10-greedy-1-before-k3": 0.3,
     "cifar10-greedy-2-before-k3": 0.3,
     "cifar10-cascade-before-k3": 0.3,
@@ -182,13 +190,8 @@ RATES: dict[str, float] = {
 }
 
 RECIPES: list[Recipe] = [
-    *(make(RATES[name]) for name, make in TUNED.items() if name in RATES),
-    *(
-        _locally(key, k, RATES[f"cifar10-{key}-k3"])
-        for key in LOCAL
-        for k in (2, 6)
-        if f"cifar10-{key}-k3" in RATES
-    ),
+    *(make(RATES[name]) for name, make in TUNED.items()),
+    *(_locally(key, k, RATES[f"cifar10-{key}-k3"]) for key in LOCAL for k in (2, 6)),
     *(
         e2ebp(f"cifar10-e2ebp-{epochs}-epochs", RATES["cifar10-e2ebp"], profiles=cifar10(epochs))
         for epochs in (12, 16, 21, 32)
