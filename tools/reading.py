@@ -84,7 +84,8 @@ def split(text: str) -> tuple[str, str]:
     ('a\\nd', ':::{note} b\\n:class: dropdown\\nc\\n:::')
     """
     lines = text.splitlines()
-    open_lines, folded_lines = [], []
+    open_lines: list[str] = []
+    folded_lines: list[str] = []
     closing, solution = "", False  # the fence that ends a folded block; inside a solution?
     for number, line in enumerate(lines):
         fence = _FENCE.match(line)
