@@ -5,6 +5,7 @@ import itertools
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -186,7 +187,8 @@ def test_records_are_found_by_their_fields_and_ordered(tmp_path: Path) -> None:
     ]:
         record = {"recipe": "r", "method": method, "seed": seed, "profile": profile}
         record |= {"final": {"test_accuracy": seed / 10}}
-        (tmp_path / f"{method}{seed}{profile}.json").write_text(json.dumps(record))
+        (tmp_path / method).mkdir(exist_ok=True)
+        (tmp_path / method / f"{profile}-seed{seed}.json").write_text(json.dumps(record))
     found = viz.records(folder=tmp_path, recipe="r", profile="cpu")
     assert [(record["method"], record["seed"]) for record in found] == [
         ("a", 2),
@@ -204,10 +206,11 @@ def test_records_are_found_by_their_fields_and_ordered(tmp_path: Path) -> None:
 def test_records_say_what_is_missing_or_broken(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="no record with recipe='none'"):
         viz.records(folder=tmp_path, recipe="none")
-    (tmp_path / "half.json").write_text('{"recipe": "r", ')
+    (tmp_path / "r").mkdir()
+    (tmp_path / "r" / "half.json").write_text('{"recipe": "r", ')
     with pytest.raises(ValueError, match=r"half\.json is not valid JSON"):
         viz.records(folder=tmp_path)
-    (tmp_path / "half.json").write_text("[]")
+    (tmp_path / "r" / "half.json").write_text("[]")
     with pytest.raises(ValueError, match=r"half\.json is not a run record"):
         viz.records(folder=tmp_path)
 
@@ -234,3 +237,50 @@ def test_table_is_accessible_html() -> None:
 def test_table_refuses_ragged_rows() -> None:
     with pytest.raises(ValueError, match="row 1 has the columns"):
         viz.table([{"a": 1}, {"b": 1}], caption="")
+
+
+# --- points ---------------------------------------------------------------------------------------
+
+ROWS = [
+    {"name": name, "category": "modular", "marker": "o", "up": up, "MiB": x, "operations": 2 * x}
+    for name, up, x in (("one", [70.0, 72.0], 1.0), ("two", [60.0], 2.0), ("a <b>", [65.0], 3.0))
+]
+ACROSS = {"MiB": "bytes held (MiB)", "operations": "operations"}
+
+
+def drawn(**options: Any) -> Any:
+    given = {"rows": ROWS, "across": ACROSS, "up": "accuracy (%)", "alt": "Three marks", **options}
+    return viz.points(**given)
+
+
+def test_points_are_marks_of_their_own_in_every_panel_and_reached_once_by_tab() -> None:
+    page = BeautifulSoup(drawn()._repr_mimebundle_()["text/html"], "html.parser")
+    assert len(page.select("[data-point]")) == len(page.select("[data-name]")) == 2 * len(ROWS)
+    reached = page.select('[tabindex="0"]')
+    assert [mark["aria-label"] for mark in reached] == [row["name"] for row in ROWS]
+    assert not page.select("script") and "onclick" not in str(page)
+    assert page.figure is not None and page.figure["aria-label"] == "Three marks"
+
+
+def test_touching_a_point_shows_its_own_names_and_no_other() -> None:
+    style = BeautifulSoup(drawn()._repr_mimebundle_()["text/html"], "html.parser").style
+    assert style is not None
+    rules = re.findall(r'data-point="(\d)"\]:is\(:hover, :focus\)\) \[data-name="(\d)"', style.text)
+    assert rules == [("0", "0"), ("1", "1"), ("2", "2")]
+
+
+def test_names_that_stay_are_marked_and_the_picture_shows_them_alone() -> None:
+    page = BeautifulSoup(drawn(stays=["two"])._repr_mimebundle_()["text/html"], "html.parser")
+    assert {name["data-name"] for name in page.select("[data-stays]")} == {"1"}
+    assert drawn(stays=["two"]).picture != drawn().picture
+
+
+def test_points_are_the_same_each_time() -> None:
+    assert drawn()._repr_mimebundle_() == drawn()._repr_mimebundle_()
+
+
+def test_points_without_rows_or_with_one_that_lacks_a_key_are_refused() -> None:
+    with pytest.raises(ValueError, match="rows: none were given"):
+        drawn(rows=[])
+    with pytest.raises(ValueError, match="rows: one lacks seconds"):
+        drawn(across={"seconds": "time"})

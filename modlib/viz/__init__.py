@@ -1,5 +1,6 @@
 """Figures, tables and records of the book. Reads records; knows no method and no data set."""
 
+from modlib.viz.points import Points, points
 from modlib.viz.records import group, mean_and_spread, records, records_folder, values
 from modlib.viz.stepper import Stepper, stepper
 from modlib.viz.style import CATEGORY_COLOURS, COLOURS, band, label_lines, style
@@ -8,12 +9,14 @@ from modlib.viz.table import Table, table
 __all__ = [
     "CATEGORY_COLOURS",
     "COLOURS",
+    "Points",
     "Stepper",
     "Table",
     "band",
     "group",
     "label_lines",
     "mean_and_spread",
+    "points",
     "records",
     "records_folder",
     "stepper",
