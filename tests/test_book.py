@@ -203,7 +203,7 @@ def test_the_packaged_library_installs_and_finds_its_records(pages: Path, tmp_pa
     target = tmp_path / "installed"
     subprocess.run([*pip, "--target", target, pages / "modlib-book.zip"], check=True)
     assert (target / "modlib/viz/stepper.py").exists() and (target / "modlib/py.typed").exists()
-    ours = {path.name for path in (ROOT / "book/results").glob("*.json")}
+    ours = list((ROOT / "book/results").glob("*/*.json"))
     if ours:
         count = "from modlib import viz; print(len(viz.records()))"
         command = [sys.executable, "-c", count]

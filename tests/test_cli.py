@@ -220,7 +220,7 @@ def test_ctrl_c_leaves_a_run_that_goes_on(
     status, out, _ = said(*arguments, "--quiet", "--resume")
     assert status == 0
     assert "test accuracy" in out
-    record = json.loads((results / "long-smoke-seed0.json").read_text())
+    record = json.loads((results / "long" / "smoke-seed0.json").read_text())
     for row in (*record["history"], *expected["history"]):
         row.pop("seconds")
     assert record["history"] == expected["history"]

@@ -16,7 +16,8 @@ from modlib.experiments import run, transfer
 from modlib.experiments.certify import certify
 from modlib.experiments.few_labels import few_labels
 from modlib.experiments.kept import kept
-from modlib.experiments.recipes import RATES, RECIPES, TUNED
+from modlib.experiments.recipes import RECIPES
+from modlib.experiments.recipes.cifar10 import RATES, TUNED
 from modlib.experiments.shelve import shelve
 from modlib.experiments.tune import FLAT, FLAT_START, LADDER, rates, search
 
@@ -24,9 +25,7 @@ RESULTS = Path(__file__).parents[1] / "book" / "results"
 
 
 def tuning() -> dict[str, dict[str, float]]:
-    table: dict[str, dict[str, float]] = json.loads(
-        (RESULTS / "tuning" / "cifar10.json").read_text()
-    )
+    table: dict[str, dict[str, float]] = json.loads((RESULTS / "learning-rates.json").read_text())
     return {name: tried for name, tried in table.items() if name != "settings"}
 
 
@@ -58,9 +57,9 @@ def test_the_search_tries_the_whole_ladder_where_the_curve_is_flat() -> None:
 
 
 def test_committed_records_were_run_with_the_recipes_rates() -> None:
-    for path in RESULTS.glob("cifar10-*.json"):
+    for path in RESULTS.glob("cifar10-*/*.json"):
         record = json.loads(path.read_text())
-        assert record["settings"]["lr"] == RECIPES[record["recipe"]].settings()["lr"], path.name
+        assert record["settings"]["lr"] == RECIPES[record["recipe"]].settings()["lr"], path
 
 
 def test_a_record_is_completed_from_the_networks_that_the_run_kept(tmp_path: Path) -> None:
@@ -104,7 +103,7 @@ def test_few_labels_are_measured_on_the_networks_that_a_run_kept(tmp_path: Path)
     assert len(ones) == len(checkpoint["counted"]) == len(checkpoint["misplaced"]) == 100
     for accuracy, bound in zip(ones, checkpoint["counted"], strict=True):
         assert 1 - accuracy <= bound + 1e-9  # the same draws
-    saved = tmp_path / "results" / "few-labels" / "mnist-cnn-supcon-smoke-seed0.json"
+    saved = tmp_path / "results" / "few-labels" / "mnist-cnn-supcon" / "smoke-seed0.json"
     assert json.loads(saved.read_text()) == json.loads(json.dumps(record))
     with pytest.raises(ValueError, match="exists; move it away"):
         few_labels("mnist-cnn-supcon", **where)

@@ -19,9 +19,16 @@ import yaml
 from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parents[1]
-NOTEBOOKS = sorted((ROOT / "book").glob("*.ipynb"))
+NOTEBOOKS = sorted((ROOT / "book").rglob("*.ipynb"))
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 address = runpy.run_path(str(ROOT / "tools/address.py"))
+reading = runpy.run_path(str(ROOT / "tools/reading.py"))
+CHAPTERS: dict[Path, bool] = reading["chapters"](ROOT)
+TEXTS = [
+    *NOTEBOOKS,
+    *sorted((ROOT / "book").rglob("*.md")),
+    *sorted((ROOT / "modlib").rglob("*.py")),
+]
 tidy = runpy.run_path(str(ROOT / "tools/tidy.py"))["tidy"]
 
 
@@ -315,21 +322,61 @@ def test_contents_list_every_page_once() -> None:
         c["file"] for part in contents["parts"] for c in part["chapters"]
     ]
     pages = {
-        f"book/{path.stem}"
-        for path in (ROOT / "book").glob("*")
+        str(path.relative_to(ROOT).with_suffix(""))
+        for path in (ROOT / "book").rglob("*")
         if path.suffix in {".md", ".ipynb"}
     }
     assert sorted(listed) == sorted(pages)
-    chapters = [name for name in listed if re.search(r"/ch\d\d$", name)]
-    assert chapters == sorted(chapters)
 
 
-@pytest.mark.parametrize(
-    "notebook", [n for n in NOTEBOOKS if n.stem.startswith("ch")], ids=lambda path: path.stem
-)
-def test_chapter_title_leaves_its_number_to_the_file(notebook: Path) -> None:
-    first = "".join(cells(notebook, "markdown")[0]["source"])
-    assert re.match(r"# (?!Chapter|\d)", first), f"title: {first.splitlines()[0]!r}"
+@pytest.mark.parametrize("path", TEXTS, ids=lambda path: path.stem)
+def test_numbers_come_from_the_table_of_contents_alone(path: Path) -> None:
+    """A chapter that is put in renames nothing: no text, label or file carries a chapter's number."""
+    text = path.read_text()
+    if path.suffix == ".ipynb":
+        text = "".join("".join(cell["source"]) for cell in cells(path, "markdown"))
+        assert not re.match(r"# (Chapter|\d)", text), "a title carries no number"
+        assert r"\tag" not in text, "an equation has a name: $$ (eq-name)"
+    assert not re.search(r"\bch\d\d\b|\b[Cc]hapters? \d", text)
+    assert path.suffix == ".py" or not re.search(r"\d", path.stem)
+
+
+# --- how long a chapter is ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", CHAPTERS, ids=lambda path: path.stem)
+def test_a_chapter_keeps_to_its_budget_and_says_how_long_it_is(path: Path) -> None:
+    found = reading["reading"](path)
+    assert found.words <= (6000 if CHAPTERS[path] else 5000)
+    assert found.proofs <= 4
+    head = "".join(cells(path, "markdown")[0]["source"])
+    assert found.line in head.splitlines(), "out of date; run: python tools/reading.py"
+
+
+@pytest.mark.parametrize("path", CHAPTERS, ids=lambda path: path.stem)
+def test_a_chapter_opens_with_its_question_and_its_answer(path: Path) -> None:
+    head = "".join(cells(path, "markdown")[0]["source"]).split("\n\n")
+    question = next(i for i, paragraph in enumerate(head) if "?**" in paragraph)
+    assert head[question + 1].startswith("**The answer.**")
+
+
+def test_what_has_to_be_unfolded_does_not_count() -> None:
+    text = "\n".join(
+        [
+            "one two $a + b$ {prf:ref}`thm`",
+            "$$", "x = 1", "$$ (eq-x)",
+            ":::{prf:proof}", "three", ":::",
+            "::::{admonition} Proof: an idea", ":class: dropdown", "",
+            ":::{prf:proof}", "four", "$$", "y", "$$", ":::", "::::",
+            ":::{note}", ":name: n", "five", ":::",
+            ":::{solution-start} ex", ":class: dropdown", ":::", "six seven", ":::{solution-end}", ":::",
+            "eight",
+        ]
+    )  # fmt: skip
+    shown, folded = reading["split"](text)
+    assert all(word in shown for word in ("one", "three", "five", "eight", "x = 1"))
+    assert all(word in folded for word in ("four", "six", "$$")) and "eight" not in folded
+    assert shown.count("{prf:proof}") == folded.count("{prf:proof}") == 1
 
 
 def test_citation_keys_exist() -> None:
@@ -337,7 +384,7 @@ def test_citation_keys_exist() -> None:
         re.findall(r"^@\w+\{(\w+),", (ROOT / "book/references.bib").read_text(), re.MULTILINE)
     )
     assert len(known) > 20
-    texts = [path.read_text() for path in (ROOT / "book").glob("*.md")]
+    texts = [path.read_text() for path in (ROOT / "book").rglob("*.md")]
     texts += ["".join("".join(c["source"]) for c in cells(path, "markdown")) for path in NOTEBOOKS]
     for text in texts:
         for keys in re.findall(r"\{cite(?::\w+)?\}`([^`]+)`", text):

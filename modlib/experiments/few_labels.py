@@ -6,7 +6,7 @@ head, trained with all pairs or, by E2EBP, with all labels) writes to
 
 - ``checkpoints``: for each epoch, test accuracies of heads from 1, 2, 5, 10 and 100 labels a class (nearest
   anchors in 100 random draws, linear heads in ten) and from all; for one label a class the bounds of
-  chapter 8, and how many of the drawn images are misplaced: nearer to another class's mean;
+  ``modlib.few_labels``, and how many of the drawn images are misplaced: nearer to another class's mean;
 - ``scratch``, with ``--scratch``: test accuracies of the same network trained end to end from its initial
   weights on those labels alone.
 """

@@ -58,7 +58,8 @@ class AuxiliaryClassifier(Objective):
 
             "linear", "greedy-1", "pred" and "flat" have no nonlinearity of their own. Let modules end
             after theirs (``networks.cnn(..., boundary="after")``), as the papers do: under such a head
-            a module that ends before it learns one hidden layer less (book, chapter 10).
+            a module that ends before it learns one hidden layer less (the book proves it beside greedy
+            learning).
         trainable: False leaves the auxiliary network as it was drawn: no step and no weight decay
             changes its parameters, and the module learns to suit a random classifier.
 

@@ -17,7 +17,7 @@ Every module has an objective of its own, so it can be examined alone. Three que
    from modules that never saw these labels: half of the images train fresh copies, the other half are
    judged, and the other way round. **Which** images they are is returned.
 
-Source: this book, chapter 9. Reading modules one by one is a claim of the survey (arXiv 2101.03419);
+Source: this book, "Modules as parts". Reading modules one by one is a claim of the survey (arXiv 2101.03419);
 judging labels by held-out predictions is the idea of confident learning (Northcutt, Jiang & Chuang
 2021, arXiv 1911.00068).
 """

@@ -13,8 +13,8 @@ where :math:`p_c` is the share of class c and :math:`m_c` the mean of :math:`\la
 \rangle` over it: entries of a Gram matrix, nothing else. When the classes have collapsed,
 :math:`m_c = 1`, and one label a class is enough.
 
-Source: this book, chapter 8 (theorem and proof). The claim that ten labels suffice: Duan, Yu & Principe
-2022 (arXiv 2005.05541).
+Source: this book, on few labels (theorem and proof). The claim that ten labels suffice: Duan, Yu &
+Principe 2022 (arXiv 2005.05541).
 """
 
 from __future__ import annotations

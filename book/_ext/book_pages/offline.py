@@ -66,9 +66,12 @@ def _installed(package: str) -> Path:
 
 def _package_files(root: Path) -> list[Path]:
     """What `pip install` needs: the library, how to build it, and the records notebooks read."""
-    named = [root / name for name in ("pyproject.toml", "README.md", "LICENSE", "LICENSE-TEXT")]
+    named = [
+        root / name
+        for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE", "LICENSE-TEXT")
+    ]
     library = [path for path in _files(root / "modlib") if path.suffix in (".py", ".typed")]
-    return named + library + sorted((root / "book/results").glob("*/*.json"))
+    return named + library + _files(root / "book/results")
 
 
 def _files(folder: Path) -> list[Path]:
