@@ -284,3 +284,18 @@ def test_points_without_rows_or_with_one_that_lacks_a_key_are_refused() -> None:
         drawn(rows=[])
     with pytest.raises(ValueError, match="rows: one lacks seconds"):
         drawn(across={"seconds": "time"})
+
+
+def test_the_ledger_counts_operations_over_all_epochs_in_units_of_one_recipe(
+    tmp_path: Path,
+) -> None:
+    for recipe, seed, epochs, flops in [("a", 0, 8, 10), ("a", 1, 8, 10), ("b", 0, 16, 20)]:
+        record = {"recipe": recipe, "seed": seed, "profile": "cpu", "method": "M", "modules": 3}
+        record |= {"category": "modular", "peak_saved_bytes": 2**21, "costs": {"step_flops": flops}}
+        record |= {"settings": {"epochs": epochs}, "final": {"test_accuracy": 0.5 + seed / 10}}
+        (tmp_path / recipe).mkdir(exist_ok=True)
+        (tmp_path / recipe / f"cpu-seed{seed}.json").write_text(json.dumps(record))
+    names = {"b": "second", "absent": "third", "a": "first"}
+    second, first = viz.ledger(names, unit="a", folder=tmp_path)
+    assert (first["name"], first["operations"], first["up"]) == ("first", 1.0, [50.0, 60.0])
+    assert (second["operations"], second["MiB"], second["marker"]) == (4.0, 2.0, "^")

@@ -1,5 +1,6 @@
 """Figures, tables and records of the book. Reads records; knows no method and no data set."""
 
+from modlib.viz.ledger import ledger
 from modlib.viz.points import Points, points
 from modlib.viz.records import group, mean_and_spread, records, records_folder, values
 from modlib.viz.stepper import Stepper, stepper
@@ -15,6 +16,7 @@ __all__ = [
     "band",
     "group",
     "label_lines",
+    "ledger",
     "mean_and_spread",
     "points",
     "records",
