@@ -25,8 +25,8 @@ def ledger(
         folder: as in ``records``.
 
     Returns:
-        Rows for ``points``: ``name``, ``recipe``, ``category``, ``modules``, ``marker``, ``up`` (test accuracies in
-        per cent, one for each seed), ``MiB`` (the peak of bytes that autograd holds in a step) and
+        Rows for ``points``: ``name``, ``recipe``, ``category``, ``modules``, ``marker``, ``up`` (test accuracies
+        in per cent, one for each seed), ``MiB`` (the peak of bytes that autograd holds in a step) and
         ``operations`` (floating-point operations of the whole training, over those of ``unit``).
 
     Raises:
