@@ -4,15 +4,16 @@ from modlib.methods.auglocal import AugLocal
 from modlib.methods.e2ebp import E2EBP
 from modlib.methods.ensemble import Ensemble, KeepHeads
 from modlib.methods.greedy import cascade, decoupled_greedy, layerwise_greedy
+from modlib.methods.greedy_infomax import greedy_infomax
 from modlib.methods.hsic import Bottleneck, hsic_bottleneck, unformatted_accuracy
-from modlib.methods.infomax import greedy_infomax
 from modlib.methods.infopro import InformationPropagation, infopro
 from modlib.methods.local import LocalLearning
 from modlib.methods.local_error_signals import local_error_signals
 from modlib.methods.method import Method, Stage, sgd
-from modlib.methods.mono_forward import mono_forward, random_classifiers
+from modlib.methods.mono_forward import mono_forward
 from modlib.methods.only import Only
 from modlib.methods.proxy import ProxyObjective
+from modlib.methods.random_classifiers import random_classifiers
 from modlib.methods.target_propagation import DifferenceTargetPropagation
 from modlib.methods.transport import TransportRegularised, transport
 

@@ -22,7 +22,7 @@ from modlib.methods.local import LocalLearning
 from modlib.methods.method import Optimizers, Stage, sgd
 from modlib.network import ModularNetwork
 from modlib.objectives import AuxiliaryClassifier
-from modlib.objectives.supervised import cross_entropy
+from modlib.objectives.cross_entropy import cross_entropy
 
 _LAST_NORM = {"BasicBlock": "bn2", "Bottleneck": "bn3"}  # torchvision's, which takes long to import
 

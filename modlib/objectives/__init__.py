@@ -31,6 +31,9 @@ On the input::
 ``help(modlib.objectives.SupCon)`` says more about one of them; torch's part of it comes last.
 """
 
+from modlib.objectives.auxiliary import AuxiliaryClassifier as AuxiliaryClassifier
+from modlib.objectives.auxiliary import MonoForward as MonoForward
+from modlib.objectives.cross_entropy import CrossEntropy as CrossEntropy
 from modlib.objectives.hsic import HSIC as HSIC
 from modlib.objectives.hsic import hsic as hsic
 from modlib.objectives.hsic import nhsic as nhsic
@@ -48,8 +51,5 @@ from modlib.objectives.proxy import SupCon as SupCon
 from modlib.objectives.proxy import UpperTriangleAlignment as UpperTriangleAlignment
 from modlib.objectives.similarity import PredSim as PredSim
 from modlib.objectives.similarity import SimilarityMatching as SimilarityMatching
-from modlib.objectives.supervised import AuxiliaryClassifier as AuxiliaryClassifier
-from modlib.objectives.supervised import CrossEntropy as CrossEntropy
-from modlib.objectives.supervised import MonoForward as MonoForward
 
 # There is no __all__: help() would print every member that each of them inherits from torch.

@@ -23,8 +23,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from modlib.kernels import Gaussian, double, wide
+from modlib.objectives.cross_entropy import check_labels
 from modlib.objectives.objective import Objective
-from modlib.objectives.supervised import check_labels
 from modlib.tokens import pooled
 
 _RIDGE = 1e-5  # ε of the paper

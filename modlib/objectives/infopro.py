@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from modlib.kernels import wide
+from modlib.objectives.cross_entropy import cross_entropy
 from modlib.objectives.objective import Objective
 from modlib.objectives.proxy import SupCon
-from modlib.objectives.supervised import cross_entropy
 from modlib.tokens import as_maps, maps_shape
 
 

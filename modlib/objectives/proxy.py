@@ -34,8 +34,8 @@ from torch import Tensor
 
 from modlib import kernels
 from modlib.kernels import Kernel
+from modlib.objectives.cross_entropy import check_labels
 from modlib.objectives.objective import Objective
-from modlib.objectives.supervised import check_labels
 
 
 class ProxyLoss(Objective):

@@ -25,8 +25,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from modlib.kernels import wide
+from modlib.objectives.auxiliary import AuxiliaryClassifier
+from modlib.objectives.cross_entropy import check_labels
 from modlib.objectives.objective import Objective
-from modlib.objectives.supervised import AuxiliaryClassifier, check_labels
 from modlib.tokens import pooled, pooled_shape
 
 _EPSILON = 1e-8  # added to a norm, so that constant features are similar to nothing

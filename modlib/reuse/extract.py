@@ -13,7 +13,7 @@ from modlib.data import Dataset, Loader
 from modlib.data.loader import Split
 from modlib.kernels import Kernel
 from modlib.network import evaluating, in_precision
-from modlib.objectives.supervised import check_labels
+from modlib.objectives.cross_entropy import check_labels
 
 
 def extract(

@@ -29,7 +29,7 @@ from torch.nn import functional as F
 from modlib.certificates import best_head
 from modlib.certificates.head import count_classes
 from modlib.kernels import double
-from modlib.objectives.supervised import check_labels
+from modlib.objectives.cross_entropy import check_labels
 from modlib.reuse.extract import check_features
 
 Features = tuple[Tensor, Tensor]  # unit feature vectors (n, D) and labels (n,)

@@ -29,7 +29,7 @@ from modlib.data import Dataset
 from modlib.data.loader import Split
 from modlib.kernels import double
 from modlib.objectives import Objective
-from modlib.objectives.supervised import check_labels
+from modlib.objectives.cross_entropy import check_labels
 from modlib.reuse.extract import check_features, extract
 
 _NO_NOISE = 1e-13  # a squared residual, per example, that float32 features do not tell from 0
