@@ -62,7 +62,7 @@ def global_bound(
     Raises:
         ValueError: for an argument outside its range, naming it.
 
-    Source: this book, Theorems A and C and the unbalanced program of the chapter on many classes.
+    Source: this book, Theorems A and C and the program of the chapter on unbalanced classes.
 
     >>> round(global_bound("cross_entropy", [0.5, 0.5], floor=0.0, head_norm=2.0), 5)
     0.12693
