@@ -146,12 +146,13 @@ def test_address_is_written_where_it_is_needed() -> None:
 @pytest.fixture
 def copy(tmp_path: Path) -> Path:
     """The files that carry the address, with an address set."""
-    (tmp_path / "book").mkdir()
     for path in [
         *NOTEBOOKS,
         *(ROOT / name for name in ("_config.yml", "CITATION.cff", "CONTRIBUTING.md")),
     ]:
-        shutil.copy(path, tmp_path / path.relative_to(ROOT))
+        target = tmp_path / path.relative_to(ROOT)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, target)
     config = tmp_path / "_config.yml"
     text = re.sub(
         r'  url: ".*"', '  url: "https://github.com/someone/something"', config.read_text()

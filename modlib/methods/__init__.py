@@ -5,7 +5,7 @@ from modlib.methods.e2ebp import E2EBP
 from modlib.methods.ensemble import Ensemble, KeepHeads
 from modlib.methods.greedy import cascade, decoupled_greedy, layerwise_greedy
 from modlib.methods.greedy_infomax import greedy_infomax
-from modlib.methods.hsic import Bottleneck, hsic_bottleneck, unformatted_accuracy
+from modlib.methods.hsic import hsic_bottleneck, unformatted_accuracy
 from modlib.methods.infopro import InformationPropagation, infopro
 from modlib.methods.local import LocalLearning
 from modlib.methods.local_error_signals import local_error_signals
@@ -20,7 +20,6 @@ from modlib.methods.transport import TransportRegularised, transport
 __all__ = [
     "E2EBP",
     "AugLocal",
-    "Bottleneck",
     "DifferenceTargetPropagation",
     "Ensemble",
     "InformationPropagation",
