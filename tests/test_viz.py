@@ -270,9 +270,11 @@ def test_touching_a_point_shows_its_own_names_and_no_other() -> None:
 
 
 def test_names_that_stay_are_marked_and_the_picture_shows_them_alone() -> None:
-    page = BeautifulSoup(drawn(stays=["two"])._repr_mimebundle_()["text/html"], "html.parser")
+    page = BeautifulSoup(
+        drawn(stays={"two": (9, 0)})._repr_mimebundle_()["text/html"], "html.parser"
+    )
     assert {name["data-name"] for name in page.select("[data-stays]")} == {"1"}
-    assert drawn(stays=["two"]).picture != drawn().picture
+    assert drawn(stays={"two": (9, 0)}).picture != drawn().picture
 
 
 def test_points_are_the_same_each_time() -> None:

@@ -6,7 +6,7 @@ own; a style sheet shows the name of the one that is touched, in all panels at o
 
 import io
 import xml.etree.ElementTree as ET
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from hashlib import sha256
 from html import escape
 from statistics import fmean
@@ -41,7 +41,8 @@ class Points:
             for i in range(len(self.names))
         )
         return (
-            "<style>.modlib-points svg{max-width:100%;height:auto;background:white}\n"
+            "<style>.modlib-points{margin:0}\n"
+            ".modlib-points svg{width:100%;max-width:46rem;height:auto;background:white}\n"
             ".modlib-points [data-name]:not([data-stays]){visibility:hidden}\n"
             ".modlib-points [data-point]:focus{outline:2px solid}\n"
             f"{shown}{{visibility:visible!important}}</style>\n"
@@ -56,7 +57,7 @@ def points(
     up: str,
     *,
     alt: str,
-    stays: Sequence[str] = (),
+    stays: Mapping[str, tuple[float, float]] | None = None,
     **limits: Any,
 ) -> Points:
     """Draw one mark a row in one panel for each quantity across; a mark tells its name when it is touched.
@@ -68,14 +69,15 @@ def points(
         across: for each panel the key of its quantity, and the label of its axis.
         up: the label of the upright axis.
         alt: what a reader who cannot see the figure needs to know.
-        stays: names that are always shown, on the static picture too.
+        stays: names that are always shown, on the static picture too, each with its place beside the mark
+            in points, (right, up).
         limits: further arguments of ``Axes.set`` for all panels, such as ``ylim``.
 
     Raises:
         ValueError: there are no rows, or one lacks a key.
 
     >>> row = {"name": "E2EBP", "category": "end-to-end", "marker": "s", "up": [78.0, 79.0], "MiB": 22.6}
-    >>> points([row], {"MiB": "bytes held (MiB)"}, "test accuracy (%)", alt="One mark", stays=["E2EBP"])
+    >>> points([row], {"MiB": "bytes held (MiB)"}, "test accuracy (%)", alt="One mark", stays={"E2EBP": (9, 0)})
     Points(1): One mark
     """
     if not rows:
@@ -83,15 +85,17 @@ def points(
     for row in rows:
         if missing := [key for key in (*_KEYS, *across) if key not in row]:
             raise ValueError(f"rows: one lacks {', '.join(missing)}; it has {', '.join(row)}")
+    stays = stays or {}
     figure, panels = plt.subplots(
-        len(across), 1, figsize=(6.4, 3.6 * len(across)), squeeze=False, sharey=True
+        len(across), 1, figsize=(6.8, 3.2 * len(across)), squeeze=False, sharey=True
     )
     for place, (axes, (key, label)) in enumerate(zip(panels[:, 0], across.items(), strict=True)):
         for i, row in enumerate(rows):
             _mark(axes, row, key, f"{i}-{place}", row["name"] in stays)
         axes.set(xlabel=label, ylabel=up, **limits)
         for i, row in enumerate(rows):  # last, so that no mark covers a name
-            _name(axes, row, key, f"{i}-{place}", row["name"] in stays)
+            _name(axes, row, key, f"{i}-{place}", stays.get(row["name"]))
+    _key(panels[0, 0], rows)
     names = [str(row["name"]) for row in rows]
     picture, svg = _drawn(figure, names, stays)
     plt.close(figure)
@@ -107,15 +111,18 @@ def _mark(axes: Axes, row: Mapping[str, Any], key: str, place: str, stays: bool)
     )
 
 
-def _name(axes: Axes, row: Mapping[str, Any], key: str, place: str, stays: bool) -> None:
+def _name(
+    axes: Axes, row: Mapping[str, Any], key: str, place: str, stays: tuple[float, float] | None
+) -> None:
     low, high = axes.get_xlim()
     left = row[key] > low + 0.6 * (high - low)  # the name stays inside the panel
+    shift = stays or (-9 if left else 9, 0)
     axes.annotate(
         f"{row['name']}: {fmean(row['up']):.1f}",
         (row[key], fmean(row["up"])),
-        (-9 if left else 9, 0),
+        shift,
         textcoords="offset points",
-        ha="right" if left else "left",
+        ha="center" if not shift[0] else "right" if shift[0] < 0 else "left",
         va="center",
         fontsize=9,
         color=CATEGORY_COLOURS[row["category"]],
@@ -124,7 +131,24 @@ def _name(axes: Axes, row: Mapping[str, Any], key: str, place: str, stays: bool)
     )
 
 
-def _drawn(figure: Figure, names: Sequence[str], stays: Sequence[str]) -> tuple[bytes, str]:
+def _key(axes: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
+    """What the colours mean, in these colours, at the foot of the panel."""
+    seen = {row["category"] for row in rows}
+    for line, category in enumerate(c for c in reversed(CATEGORY_COLOURS) if c in seen):
+        axes.text(
+            0.99,
+            0.04 + 0.085 * line,
+            category,
+            color=CATEGORY_COLOURS[category],
+            transform=axes.transAxes,
+            ha="right",
+            fontsize=9,
+            weight="bold",
+            gid="key",
+        )
+
+
+def _drawn(figure: Figure, names: Sequence[str], stays: Container[str]) -> tuple[bytes, str]:
     """The figure as a picture with the names that stay, and as SVG with all of them."""
     salt = sha256("".join(names).encode()).hexdigest()
     with mpl.rc_context({"svg.hashsalt": salt, "svg.fonttype": "none"}):
@@ -132,13 +156,14 @@ def _drawn(figure: Figure, names: Sequence[str], stays: Sequence[str]) -> tuple[
         figure.savefig(whole, format="svg", metadata={"Date": None, "Creator": None})
     for axes in figure.axes:
         for text in axes.texts:
-            text.set_visible(names[int(str(text.get_gid()).split("-")[1])] in stays)
+            kind, _, place = str(text.get_gid()).partition("-")
+            text.set_visible(kind == "key" or names[int(place.split("-")[0])] in stays)
     picture = io.BytesIO()
     figure.savefig(picture, format="png", dpi=110, facecolor="white", metadata={"Software": None})
     return picture.getvalue(), _answering(whole.getvalue(), names, stays)
 
 
-def _answering(svg: str, names: Sequence[str], stays: Sequence[str]) -> str:
+def _answering(svg: str, names: Sequence[str], stays: Container[str]) -> str:
     """The SVG with marks that can be pointed at and reached by Tab, and names that know their marks."""
     ET.register_namespace("", _SVG)
     ET.register_namespace("xlink", "http://www.w3.org/1999/xlink")
