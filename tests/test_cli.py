@@ -201,7 +201,7 @@ def test_ctrl_c_leaves_a_run_that_goes_on(
     arguments = ["run", "long", "--results", str(results), "--runs", str(runs)]
     process = processes.Process(target=command, args=(arguments, tmp_path / "errors"))
     process.start()
-    second = runs / "long-smoke-seed0" / "stage0-epoch0.pt"
+    second = runs / "long" / "smoke-seed0" / "stage0-epoch0.pt"
     while not second.exists():
         assert process.exitcode is None, (tmp_path / "errors").read_text()
         time.sleep(0.01)

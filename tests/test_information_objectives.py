@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 from collections import OrderedDict
 from collections.abc import Callable
@@ -31,15 +32,15 @@ from modlib.methods import (
     greedy_infomax,
     hsic_bottleneck,
     infopro,
-    information,
     transport,
     unformatted_accuracy,
 )
+from modlib.methods.hsic import _assigned
 from modlib.methods.transport import residual_branches
 from modlib.network import ModularNetwork, partition
 from modlib.networks.patches import JoinPatches, Patches, patch_cnn
 from modlib.networks.residual import ResidualUnit, resnet
-from modlib.objectives import HSIC, CrossEntropy, InfoNCE, InfoPro, dependence, hsic, nhsic
+from modlib.objectives import HSIC, CrossEntropy, InfoNCE, InfoPro, hsic, nhsic
 from modlib.objectives.infopro import infopro_weights
 from modlib.training import fit
 
@@ -120,6 +121,7 @@ def test_layers_share_the_kernels_of_the_input_and_the_labels(
 ) -> None:
     """One matrix for each layer and two for all of them, not four for each; the updates are the same."""
     fits = []
+    dependence = importlib.import_module("modlib.objectives.hsic")
     ridge_fit = dependence._ridge_fit
     monkeypatch.setattr(
         dependence, "_ridge_fit", lambda a, bandwidth: fits.append(1) or ridge_fit(a, bandwidth)
@@ -756,7 +758,7 @@ def test_hsic_reads_out_formatted_and_unformatted(digits: Dataset) -> None:
 @given(size=st.integers(1, 12), seed=st.integers(0, 10**6), largest=st.sampled_from([1, 3, 100]))
 def test_assignment_is_the_best_there_is(size: int, seed: int, largest: int) -> None:
     counts = np.random.default_rng(seed).integers(0, largest + 1, (size, size))
-    rows = information._assigned(counts.tolist())
+    rows = _assigned(counts.tolist())
     assert sorted(rows) == list(range(size))
     best = counts[linear_sum_assignment(counts, maximize=True)].sum()
     assert counts[rows, range(size)].sum() == best

@@ -16,7 +16,7 @@ from summed import summed_step
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from modlib import networks, training
+from modlib import networks
 from modlib.data import Augment, Dataset, Loader, load
 from modlib.kernels import FeatureMap
 from modlib.measure.audit import audit
@@ -36,7 +36,7 @@ from modlib.methods.cache import CachedFeatures, CachingStage
 from modlib.methods.target_propagation import TargetStage
 from modlib.network import ModularNetwork, partition
 from modlib.objectives import AuxiliaryClassifier, CrossEntropy, Objective, SupCon
-from modlib.training import fit
+from modlib.training import fit, loop
 
 
 def relu_net(modules: int = 3) -> ModularNetwork:
@@ -360,14 +360,14 @@ def test_strictly_modular_training_never_runs_a_later_module(
     frozen: dict[int, dict[str, Tensor]] = {}
     for k, module in enumerate(net):
         module.register_forward_hook(lambda *_, k=k: ran.append(k))
-    rehearse = training.rehearse
+    rehearse = loop.rehearse
 
     def rehearsed(*run: Any) -> None:
         """The last thing before training: until here stages took steps that changed nothing."""
         rehearse(*run)
         ran.clear()
 
-    monkeypatch.setattr(training, "rehearse", rehearsed)
+    monkeypatch.setattr(loop, "rehearse", rehearsed)
     ran_in: dict[tuple[int, int], set[int]] = {}
 
     def after_epoch(_: nn.Module, row: dict[str, Any]) -> None:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
 import modlib
+from modlib import methods, networks
 from modlib.data import Augment, Dataset, load
 from modlib.kernels import Gaussian
 from modlib.methods import (
@@ -40,18 +41,21 @@ from modlib.networks.cnn import ConvUnit
 from modlib.objectives import CrossEntropy, InfoNCE, SupCon
 from modlib.training import (
     History,
+    arguments,
     checkpoints,
     evaluate,
+    evaluation,
     fit,
-    methods,
-    networks,
+    loop,
     pick_device,
     rehearsal,
-    training,
 )
 
 FILES = [
-    *(Path(str(module.__file__)) for module in (training, checkpoints, rehearsal)),
+    *(
+        Path(str(module.__file__))
+        for module in (loop, arguments, evaluation, checkpoints, rehearsal)
+    ),
     *sorted(Path(methods.__file__).parent.glob("*.py")),
 ]
 DATA = load("digits").subset(n_train=64, n_test=40)
