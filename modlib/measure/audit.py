@@ -112,7 +112,7 @@ class Audit:
 
     @property
     def isolated(self) -> bool:
-        """Does no gradient cross a boundary?"""
+        """Does no gradient go from one module into another?"""
         return not any(stage.crossed for stage in self.stages)
 
     @property
