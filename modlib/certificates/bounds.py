@@ -86,7 +86,7 @@ def global_bound(
 def _binary(
     loss: str, shares: list[float], floor: float, norm: float, limit: float, penalised: bool
 ) -> float:
-    """Theorem A; two-class cross-entropy is the logistic loss of the difference of two weight vectors.
+    """Collapse and distance are optimal, as a number; two-class cross-entropy: logistic in ``w_1 - w_2``.
 
     ``||w_1 - w_2||² <= 2 ||W||²`` with equality for opposite vectors: head norm ``√2 r``, penalty ``λ/2``.
     """
@@ -164,7 +164,7 @@ def _root(decreasing: Callable[[float], float], top: float) -> float:
 
 
 def _balanced(classes: int, floor: float, norm: float, limit: float, penalised: bool) -> float:
-    """Theorem C."""
+    """The least cross-entropy of balanced classes."""
     others = classes - 1
     scale = norm * math.sqrt((1 - attainable(floor, classes)) / others)
     if not penalised:
