@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[1]
 CONTENTS = yaml.safe_load((ROOT / "_toc.yml").read_text())
 PAGES = [CONTENTS["root"]] + [c["file"] for part in CONTENTS["parts"] for c in part["chapters"]]
 NOTEBOOKS = [name for name in PAGES if (ROOT / f"{name}.ipynb").exists()]
-CHAPTERS = [name for name in PAGES if re.search(r"/ch\d\d$", name)]
+CHAPTERS = [c["file"] for part in CONTENTS["parts"] if "numbered" in part for c in part["chapters"]]
 ADDRESS = "https://github.com/someone/something"
 
 
@@ -31,6 +31,7 @@ def build(folder: Path, address: str) -> Path:
         "_config.yml",
         "_toc.yml",
         "pyproject.toml",
+        "setup.py",
         "README.md",
         "LICENSE",
         "LICENSE-TEXT",
@@ -123,9 +124,10 @@ def test_without_address_a_chapter_tells_how_to_upload(pages: Path, name: str) -
     line = article(pages / f"{name}.html").select_one(".launch")
     assert line is not None
     links = [link["href"] for link in line.find_all("a")]
+    root = "../" * name.count("/")
     assert links == [
-        f"../_sources/{name}.ipynb",
-        "../modlib-book.zip",
+        f"{root}_sources/{name}.ipynb",
+        f"{root}modlib-book.zip",
         "https://colab.research.google.com",
     ]
     assert "Upload notebook" in line.get_text()
@@ -136,7 +138,8 @@ def test_with_address_a_chapter_is_one_click_from_colab(addressed: Path, name: s
     line = article(addressed / f"{name}.html").select_one(".launch")
     assert line is not None
     colab = f"https://colab.research.google.com/github/someone/something/blob/main/{name}.ipynb"
-    assert [link["href"] for link in line.find_all("a")] == [colab, f"../_sources/{name}.ipynb"]
+    source = f"{'../' * name.count('/')}_sources/{name}.ipynb"
+    assert [link["href"] for link in line.find_all("a")] == [colab, source]
 
 
 def test_links_to_the_repository_appear_with_its_address(pages: Path, addressed: Path) -> None:
@@ -155,8 +158,8 @@ def test_links_to_the_repository_appear_with_its_address(pages: Path, addressed:
 
 
 @pytest.mark.parametrize("name", CHAPTERS)
-def test_chapters_and_theorems_carry_the_number_of_the_file(pages: Path, name: str) -> None:
-    number = int(name[-2:])
+def test_chapters_and_theorems_carry_the_number_of_their_place(pages: Path, name: str) -> None:
+    number = CHAPTERS.index(name) + 1
     body = article(pages / f"{name}.html")
     assert body.h1 is not None and body.h1.get_text().startswith(f"{number}. ")
     captions = [
