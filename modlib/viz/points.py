@@ -172,6 +172,8 @@ def _answering(svg: str, names: Sequence[str], stays: Container[str]) -> str:
         root.remove(element)
     for element in root.iter(f"{{{_SVG}}}g"):
         kind, _, place = element.get("id", "").partition("-")
+        if kind == "key":
+            del element.attrib["id"]  # one id for several lines
         if kind not in ("point", "name"):
             continue
         number, panel = place.split("-")
