@@ -253,6 +253,8 @@ if BROWSER := browser():
         page.wait_for_function(
             "!window.MathJax?.startup || MathJax.startup.promise.then(() => true)"
         )
+        # Colours fade in when the theme is set; halfway their contrast is none of the page's.
+        page.wait_for_function("!document.getAnimations().some(a => a.playState === 'running')")
         return page, wrong
 
     @pytest.mark.parametrize("scheme", ["light", "dark"])
