@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -158,6 +160,15 @@ def test_every_recipe_is_compared_on_the_same_network_and_data() -> None:
                 for r in group[:3]
             ]
             assert all(torch.equal(weights[0], other) for other in weights)
+
+
+def test_recipes_of_other_lengths_differ_in_their_epochs_alone() -> None:
+    for name in (name for name in RECIPES if name.endswith("-epochs")):
+        short, epochs = re.fullmatch(r"(.*)-(\d+)-epochs", name).groups()  # type: ignore[union-attr]
+        longer, usual = RECIPES[name], RECIPES[short]
+        assert longer.profiles["cpu"] == replace(usual.profiles["cpu"], epochs=int(epochs))
+        assert longer.profiles["gpu"] == usual.profiles["gpu"]
+        assert (longer.cut, longer.settings()) == (usual.cut, usual.settings())
 
 
 @pytest.mark.parametrize("path", RECORDS, ids=lambda path: f"{path.parent.name}-{path.stem}")

@@ -277,6 +277,15 @@ def test_names_that_stay_are_marked_and_the_picture_shows_them_alone() -> None:
     assert drawn(stays={"two": (9, 0)}).picture != drawn().picture
 
 
+def test_no_id_comes_twice_in_a_figure_of_all_categories() -> None:
+    categories = ("end-to-end", "weakly modular", "modular")
+    rows = [{**row, "category": c} for row, c in zip(ROWS, categories, strict=True)]
+    page = BeautifulSoup(drawn(rows=rows)._repr_mimebundle_()["text/html"], "html.parser")
+    ids = [element["id"] for element in page.select("[id]")]
+    assert len(ids) == len(set(ids)) > 0
+    assert all(category in page.get_text() for category in categories)
+
+
 def test_points_are_the_same_each_time() -> None:
     assert drawn()._repr_mimebundle_() == drawn()._repr_mimebundle_()
 
@@ -286,6 +295,10 @@ def test_points_without_rows_or_with_one_that_lacks_a_key_are_refused() -> None:
         drawn(rows=[])
     with pytest.raises(ValueError, match="rows: one lacks seconds"):
         drawn(across={"seconds": "time"})
+    with pytest.raises(
+        ValueError, match="rows: category='local' is unknown; choose from end-to-end"
+    ):
+        drawn(rows=[{**ROWS[0], "category": "local"}])
 
 
 def test_the_ledger_counts_operations_over_all_epochs_in_units_of_one_recipe(
@@ -298,6 +311,8 @@ def test_the_ledger_counts_operations_over_all_epochs_in_units_of_one_recipe(
         (tmp_path / recipe).mkdir(exist_ok=True)
         (tmp_path / recipe / f"cpu-seed{seed}.json").write_text(json.dumps(record))
     names = {"b": "second", "absent": "third", "a": "first"}
+    with pytest.raises(FileNotFoundError, match="no record of 'absent', the unit"):
+        viz.ledger(names, unit="absent", folder=tmp_path)
     second, first = viz.ledger(names, unit="a", folder=tmp_path)
     assert (first["name"], first["operations"], first["up"]) == ("first", 1.0, [50.0, 60.0])
     assert (second["operations"], second["MiB"], second["marker"]) == (4.0, 2.0, "^")

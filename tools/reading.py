@@ -89,10 +89,10 @@ def split(text: str) -> tuple[str, str]:
     closing, solution = "", False  # the fence that ends a folded block; inside a solution?
     for number, line in enumerate(lines):
         fence = _FENCE.match(line)
-        starts = fence and not closing and ":class: dropdown" in lines[number + 1 : number + 4]
+        starts = fence is not None and not closing and _folds(lines[number + 1 :])
         if fence and "{solution-start}" in line:
             solution = True
-        elif fence and starts and _options(lines, number):
+        elif fence and starts:
             closing = fence[1]
         (folded_lines if closing or solution else open_lines).append(line)
         if fence and "{solution-end}" in line:
@@ -102,9 +102,9 @@ def split(text: str) -> tuple[str, str]:
     return "\n".join(open_lines), "\n".join(folded_lines)
 
 
-def _options(lines: list[str], number: int) -> bool:
-    """Do the options of the block that opens here make it a dropdown?"""
-    for line in lines[number + 1 :]:
+def _folds(lines: list[str]) -> bool:
+    """Do the options with which a block begins make it a dropdown?"""
+    for line in lines:
         if not line.startswith(":") or line.startswith(":::"):
             return False
         if line.strip() == ":class: dropdown":

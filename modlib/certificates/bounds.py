@@ -1,8 +1,8 @@
 r"""The least risk that any input module can reach: the global bounds of the theorems as numbers.
 
-Every number is the value of a *dual* problem at a feasible point, or the closed form of Theorem C, and is
+Every number is the value of a *dual* problem at a feasible point, or the closed form for balanced classes, and is
 rounded down: a lower bound however the point was found. The points are chosen optimal, so the bound is
-also reached. Binary losses (Theorem A): with
+also reached. Binary losses (collapse and distance are optimal): with
 the two class points at the greatest distance :math:`D` and a head of norm :math:`r`,
 
 .. math:: \min_b\; p_+ \ell(rD + b) + p_- \ell(-b) \;=\;
@@ -62,7 +62,7 @@ def global_bound(
     Raises:
         ValueError: for an argument outside its range, naming it.
 
-    Source: this book, Theorems A and C and the program of the chapter on unbalanced classes.
+    Source: this book, the theorems on two, on balanced and on unbalanced classes.
 
     >>> round(global_bound("cross_entropy", [0.5, 0.5], floor=0.0, head_norm=2.0), 5)
     0.12693

@@ -74,7 +74,7 @@ def counterexample(name: str) -> CounterExample:
     Source: this book, the chapters on the two theorems.
 
     >>> print(counterexample("negatives-only"))
-    Theorem A without “features of one class coincide”: claimed least risk 0.16178, actual 0.13742
+    The two-class theorem without “features of one class coincide”: claimed least risk 0.16178, actual 0.13742
     with it: claimed 0.13742, actual 0.13742
     Opposite pairs alone leave the positives free to be orthogonal to each other: ...
     """
@@ -113,7 +113,7 @@ def _negatives_only() -> CounterExample:
     )
     return CounterExample(
         "negatives-only",
-        "Theorem A",
+        "The two-class theorem",
         "features of one class coincide",
         apart,
         least,
@@ -131,7 +131,7 @@ def _not_separated() -> CounterExample:
     best = _risk(far, _PAIR, "logistic", 2.0)
     return CounterExample(
         "not-separated",
-        "Theorem A",
+        "The two-class theorem",
         "the class points are as far apart as features can be",
         _risk(near, _PAIR, "logistic", 2.0),
         best,
@@ -149,7 +149,7 @@ def _no_bias() -> CounterExample:
     pairs = [points[[i, j]] for i in range(4) for j in range(4) if i != j]
     return CounterExample(
         "no-bias",
-        "Theorem A",
+        "The two-class theorem",
         "the head has a free bias",
         0.5 * math.log1p(math.exp(-2.6)) + 0.5 * math.log1p(math.exp(-0.4)),
         math.log1p(math.exp(-1.4)),
@@ -170,7 +170,7 @@ def _own_targets() -> CounterExample:
     best = _square_risk(together, common)
     return CounterExample(
         "own-targets",
-        "Theorem A",
+        "The two-class theorem",
         "losses are monotone, or common to each class",
         _square_risk(together, own),
         _square_risk(apart, own),
@@ -202,7 +202,7 @@ def _fixed_budget() -> CounterExample:
 
     return CounterExample(
         "fixed-budget",
-        "Theorem A",
+        "The two-class theorem",
         "losses are monotone, or the penalty is nondecreasing, or there are two dimensions",
         risk(1.0),
         risk(0.5),
@@ -227,7 +227,7 @@ def _other_penalty() -> CounterExample:
 
     return CounterExample(
         "other-penalty",
-        "Theorem A",
+        "The two-class theorem",
         "the penalty depends on the Euclidean norm of the weights alone",
         least(1.0),
         least(0.9 * math.sqrt(2)),
@@ -250,13 +250,13 @@ def _three(
     features: Tensor,
     restored_claimed: float | None = None,
 ) -> CounterExample:
-    """Theorem C for three balanced classes, floor 0 and head norm 2."""
+    """The balanced theorem for three classes, floor 0 and head norm 2."""
     labels = torch.arange(3)
     balanced = [1 / 3] * 3
     formula = global_bound("cross_entropy", balanced, 0.0, head_norm=2.0)
     return CounterExample(
         name,
-        "Theorem C",
+        "The balanced theorem",
         assumption,
         claimed,
         actual,
@@ -355,7 +355,7 @@ def _scale_free() -> CounterExample:
     best = _risk(together, labels, "cross_entropy", 2.0)
     return CounterExample(
         "scale-free",
-        "Theorem C",
+        "The balanced theorem",
         "features of one class coincide",
         _risk(scattered, labels, "cross_entropy", 2.0),
         best,

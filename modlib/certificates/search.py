@@ -54,13 +54,13 @@ def search_violations(
     Arguments:
         theorem: one of
 
-            - ``"binary"``, Theorem A. Random networks, whose examples are then moved to two points at the
+            - ``"binary"``, two classes. Random networks, whose examples are then moved to two points at the
               greatest distance, with the head of the proof: (a) five losses that never rise with the margin,
               every pair of them for the two classes; (b) four that do, common to each class. And the bound:
               descent for the logistic, hinge and squared hinge losses, and for the squared loss with the
               targets ±1.
-            - ``"antipodal"``, Corollary B.
-            - ``"balanced"``, Theorem C.
+            - ``"antipodal"``, where distance implies collapse.
+            - ``"balanced"``, the least cross-entropy of balanced classes.
             - ``"unbalanced"``, the convex program; one program for every 250 instances.
             - ``"stability"``.
 
@@ -261,7 +261,7 @@ def _binary(g: torch.Generator, size: int, steps: int) -> Tensor:
 
 
 def _binary_moved(g: torch.Generator, size: int, labels: Tensor) -> Tensor:
-    """Theorem A as it stands: risks of random networks, less those of the networks of its proof."""
+    """The two-class theorem as it stands: risks of random networks, less those of the networks of its proof."""
     n, d = len(labels), _integer(g, 1, 6)
     x, w, b = _normal(g, size, n, d), _normal(g, size, d), _normal(g, size, 1)
     x = x * _uniform(g, size, n, 1, low=0.1, high=3)  # unequal norms
@@ -339,7 +339,7 @@ def _square_bound(
 
 
 def _antipodal(g: torch.Generator, size: int, steps: int) -> Tensor:
-    """Corollary B with room: opposite cosines below ``-1 + η`` leave the others above ``1 - 4η``."""
+    """Distance implies collapse, with room: opposite cosines below ``-1 + η``, others above ``1 - 4η``."""
     n, d = _integer(g, 3, 8), _integer(g, 2, 6)
     labels = torch.arange(n) % 2
     pole = torch.nn.functional.normalize(_normal(g, size, 1, d), dim=2)

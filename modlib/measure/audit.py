@@ -22,6 +22,7 @@ from modlib.measure.memory import SavedBytes
 from modlib.methods import Method, Stage
 from modlib.methods.method import OneBatch
 from modlib.network import ModularNetwork
+from modlib.networks.seeding import forked
 
 
 class Event(NamedTuple):
@@ -312,7 +313,7 @@ def _step(stage: Stage, batch: tuple[Tensor, Tensor], seed: int) -> None:
 
 @contextmanager
 def _seeded(seed: int, device: torch.device) -> Iterator[None]:
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+    with forked(device):
         torch.manual_seed(seed)
         yield
 

@@ -3,7 +3,7 @@ r"""End-to-end backpropagation: the whole network is one module with one objecti
 .. math:: \theta \leftarrow \theta - \eta\, \nabla_\theta\, \mathrm{CE}\bigl(f_K \circ \dots \circ f_1 (x), y\bigr)
 
 With ``recompute`` (gradient checkpointing) autograd keeps what crosses the modules' boundaries, and each
-module runs again when its gradient is due: the same gradient for one more forward pass.
+module but the last runs again when its gradient is due: the same gradient, and those modules run twice.
 
 Source: Rumelhart, Hinton & Williams 1986; Chen, Xu, Zhang & Guestrin 2016 (arXiv 1604.06174), section 4.
 Category measured by the audit: end-to-end.
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from modlib.methods.method import Method, Optimizers, Stage, checked
 from modlib.network import ModularNetwork
+from modlib.networks.seeding import buffers_kept, forked
 from modlib.objectives import CrossEntropy, Objective
 
 
@@ -29,7 +30,7 @@ class E2EBP(Method):
     Args:
         objective: the loss on the network's output; cross-entropy if None.
         optimizer: makes the optimiser from the network's parameters.
-        recompute: keep the modules' outputs alone, and run a module again for its gradient. Every module
+        recompute: keep the modules' inputs alone, and run a module again for its gradient. Every module
             but the last then runs twice in a step; nothing else changes.
 
     >>> import modlib
@@ -106,15 +107,11 @@ class _Recompute(torch.autograd.Function):
 @contextmanager
 def _again(module: nn.Module, state: list[Tensor], device: torch.device) -> Iterator[None]:
     """The same random numbers as the first time; running statistics are not updated twice."""
-    buffers = [(buffer, buffer.clone()) for buffer in module.buffers()]
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+    with forked(device), buffers_kept(module):
         torch.set_rng_state(state[0])
         if device.type == "cuda":
             torch.cuda.set_rng_state(state[1], device)
         yield
-    with torch.no_grad():
-        for buffer, before in buffers:
-            buffer.copy_(before)
 
 
 def _random_state(device: torch.device) -> list[Tensor]:

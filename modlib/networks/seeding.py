@@ -27,6 +27,38 @@ def seeded(seed: int | None) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def forked(device: torch.device) -> Iterator[None]:
+    """Run a block whose random numbers, on the CPU and on this device, are not missed afterwards.
+
+    >>> before = torch.get_rng_state()
+    >>> with forked(torch.device("cpu")):
+    ...     _ = torch.rand(1)
+    >>> bool((before == torch.get_rng_state()).all())
+    True
+    """
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        yield
+
+
+@contextmanager
+def buffers_kept(*modules: nn.Module) -> Iterator[None]:
+    """Put back, after a block, what these modules' buffers held before it: running statistics, say.
+
+    >>> norm = nn.BatchNorm1d(2)
+    >>> with buffers_kept(norm):
+    ...     _ = norm(torch.ones(3, 2))
+    >>> norm.running_mean
+    tensor([0., 0.])
+    """
+    kept = [(buffer, buffer.clone()) for module in modules for buffer in module.buffers()]
+    try:
+        yield
+    finally:
+        for buffer, before in kept:
+            buffer.data.copy_(before)
+
+
 def redraw(module: nn.Module, seed: int | None = None) -> None:
     """Draw the initial weights of all layers anew, and forget batch norm's statistics.
 

@@ -19,6 +19,7 @@ from modlib.data import Augment, Dataset, Loader
 from modlib.methods import Method, Stage
 from modlib.methods.method import Batches
 from modlib.network import ModularNetwork
+from modlib.networks.seeding import forked
 from modlib.networks.sizes import check_whole
 from modlib.training import checkpoints
 from modlib.training.arguments import (
@@ -131,7 +132,7 @@ def fit(
         augment=augmenting or False,
         channels_last=channels_last,
     )
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+    with forked(device):
         torch.manual_seed(seed)
         sample, _ = loader.sample(min(batch_size, 8))
         method.check_output(_output_shape(net, sample, data), len(data.classes))

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from modlib.methods import Stage
 from modlib.methods.method import Batches, OneBatch, shown
+from modlib.networks.seeding import buffers_kept, forked
 
 
 def rehearse(net: nn.Module, stages: Sequence[Stage], batches: Batches, seed: int) -> None:
@@ -103,15 +104,12 @@ def _unmoved(net: nn.Module, stage: Stage) -> Iterator[None]:
     """What a forward and a backward pass change is put back: modes, statistics, gradients, randomness."""
     parts = [part for whole in (net, *stage.objectives) for part in whole.modules()]
     modes = [(part, part.training) for part in parts]
-    kept = [(b, b.clone()) for whole in (net, *stage.objectives) for b in whole.buffers()]
     device = next(net.parameters()).device
     try:
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        with forked(device), buffers_kept(net, *stage.objectives):
             yield
     finally:
         for part, mode in modes:
             part.training = mode
-        for buffer, before in kept:
-            buffer.data.copy_(before)
         for optimizer in stage.optimizers:
             optimizer.zero_grad(set_to_none=True)

@@ -35,9 +35,10 @@ def ledger(
     >>> ledger({"cifar10-e2ebp": "E2EBP"}, unit="cifar10-e2ebp")[0]["operations"]
     1.0
     """
-    runs = records(profile=profile, folder=folder)
-    one = _operations(records(recipe=unit, profile=profile, folder=folder)[0])
-    seeds = group((run for run in runs if run["recipe"] in names), "recipe")
+    seeds = group(records(profile=profile, folder=folder), "recipe")
+    if unit not in seeds:
+        raise FileNotFoundError(f"no record of {unit!r}, the unit; `modlib run {unit}` makes one")
+    one = _operations(seeds[unit][0])
     return [
         _row(name, seeds[recipe]) | {"operations": _operations(seeds[recipe][0]) / one}
         for recipe, name in names.items()

@@ -74,7 +74,7 @@ def points(
         limits: further arguments of ``Axes.set`` for all panels, such as ``ylim``.
 
     Raises:
-        ValueError: there are no rows, or one lacks a key.
+        ValueError: there are no rows, or one lacks a key or is of no known category.
 
     >>> row = {"name": "E2EBP", "category": "end-to-end", "marker": "s", "up": [78.0, 79.0], "MiB": 22.6}
     >>> points([row], {"MiB": "bytes held (MiB)"}, "test accuracy (%)", alt="One mark", stays={"E2EBP": (9, 0)})
@@ -85,6 +85,9 @@ def points(
     for row in rows:
         if missing := [key for key in (*_KEYS, *across) if key not in row]:
             raise ValueError(f"rows: one lacks {', '.join(missing)}; it has {', '.join(row)}")
+        if row["category"] not in CATEGORY_COLOURS:
+            known = ", ".join(CATEGORY_COLOURS)
+            raise ValueError(f"rows: category={row['category']!r} is unknown; choose from {known}")
     stays = stays or {}
     figure, panels = plt.subplots(
         len(across), 1, figsize=(6.8, 3.2 * len(across)), squeeze=False, sharey=True

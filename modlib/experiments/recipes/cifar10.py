@@ -9,19 +9,22 @@ from typing import Any
 import torch
 
 from modlib import methods, objectives
-from modlib.experiments.recipes.recipe import Recipe, cifar10, trunk
+from modlib.experiments.recipes.recipe import Recipe, cifar10_for, trunk
 from modlib.methods import E2EBP, Method, ProxyObjective, sgd
 from modlib.methods.method import MakeOptimizer
 from modlib.objectives import Objective
 
 
 def e2ebp(name: str, lr: float, **options: Any) -> Recipe:
+    """End-to-end backpropagation; options are the recipe's."""
     return Recipe(name, 3, partial(E2EBP, optimizer=sgd(lr)), {"lr": lr}, **options)
 
 
 def proxy(
     name: str, objective: Callable[[], Objective], lr: float, *cut: str, **options: Any
 ) -> Recipe:
+    """A proxy objective in modules cut at these layers and at the feature map; options are the recipe's."""
+
     def method() -> Method:
         optimizers = [*[sgd(lr)] * (len(cut) + 1), sgd(OUTPUT_LR, weight_decay=0.0)]
         return ProxyObjective(objective(), optimizer=optimizers, cache_features=True, views=2)
@@ -194,7 +197,9 @@ RECIPES: list[Recipe] = [
     *(make(RATES[name]) for name, make in TUNED.items()),
     *(_locally(key, k, RATES[f"cifar10-{key}-k3"]) for key in LOCAL for k in (2, 6)),
     *(
-        e2ebp(f"cifar10-e2ebp-{epochs}-epochs", RATES["cifar10-e2ebp"], profiles=cifar10(epochs))
+        e2ebp(
+            f"cifar10-e2ebp-{epochs}-epochs", RATES["cifar10-e2ebp"], profiles=cifar10_for(epochs)
+        )
         for epochs in (12, 16, 21, 32)
     ),
     *(_recomputing(modules, RATES["cifar10-e2ebp"]) for modules in (3, 7)),
@@ -203,6 +208,6 @@ RECIPES: list[Recipe] = [
         "cifar10-proxy-supcon-32-epochs",
         _PROXIES["supcon"],
         RATES["cifar10-proxy-supcon"],
-        profiles=cifar10(32),
+        profiles=cifar10_for(32),
     ),
 ]

@@ -76,7 +76,7 @@ MNIST_HSIC = {  # five layers of 128 and batches of 512, as Ma et al. 2020
 }
 
 
-def cifar10(epochs: int) -> dict[str, Profile]:
+def cifar10_for(epochs: int) -> dict[str, Profile]:
     """The sizes of CIFAR-10 with so many epochs on a few cores, where 8 are usual."""
     return {**CIFAR10, "cpu": replace(CIFAR10["cpu"], epochs=epochs)}
 
