@@ -681,10 +681,10 @@ def test_target_propagation_is_its_equations(batch: tuple[Tensor, Tensor]) -> No
     learner = DifferenceTargetPropagation(step_size, noise, make, make)
     (stage,) = learner.stages(net, batch[0].double())
     assert isinstance(stage, TargetStage)
-    for inverse in stage.inverses:
+    for inverse in stage.auxiliary:
         inverse.double()
     modules = [affine(module) for module in net]
-    inverses = [affine(inverse) for inverse in stage.inverses]
+    inverses = [affine(inverse) for inverse in stage.auxiliary]
     x, y = batch[0].double().flatten(1).numpy(), batch[1].numpy()
     n = len(y)
 
@@ -717,7 +717,7 @@ def test_target_propagation_is_its_equations(batch: tuple[Tensor, Tensor]) -> No
     modules[3] = (weight - rate * slope.T @ h[2], bias - rate * slope.sum(0))
 
     np.testing.assert_allclose(losses, [*expected, task], rtol=1e-10)
-    for layer, numbers in zip([*net, *stage.inverses], [*modules, *inverses], strict=True):
+    for layer, numbers in zip([*net, *stage.auxiliary], [*modules, *inverses], strict=True):
         for got, want in zip(affine(layer), numbers, strict=True):
             np.testing.assert_allclose(got, want, rtol=1e-9, atol=1e-12)
 

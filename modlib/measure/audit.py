@@ -47,7 +47,9 @@ class StageAudit:
         ways: how far back the gradient of one error went: (2, 0) is from module 2 through module 1
             into module 0, without a break and in one backward pass; (2, 2) stayed in module 2.
             Only the longest ways are listed, so two ways that overlap are two errors.
-        told: updated modules whose update depends on the weights of a later module.
+        delays: for each module, how many steps ago the weights of later modules were those on which its
+            update depends: 0 for this step's; None where it depends on none.
+        kept_bytes: what the stage keeps from one step to the next, beside weights and optimisers' state.
         labels: for each module, what its update depends on: "classes", "pairs" (same or different),
             "none", or "-" when it is not updated.
     """
@@ -58,8 +60,14 @@ class StageAudit:
     forward_bytes: tuple[int, ...]
     backward_bytes: tuple[int, ...]
     ways: tuple[tuple[int, int], ...]
-    told: tuple[int, ...]
+    delays: tuple[int | None, ...]
     labels: tuple[str, ...]
+    kept_bytes: int
+
+    @property
+    def told(self) -> tuple[int, ...]:
+        """Updated modules whose update depends on the present weights of a later module."""
+        return tuple(k for k, delay in enumerate(self.delays) if delay == 0)
 
     @property
     def crossed(self) -> tuple[int, ...]:
@@ -143,14 +151,22 @@ class Audit:
         return max(stage.saved_bytes for stage in self.stages)
 
     @property
+    def kept_bytes(self) -> int:
+        """The most that a stage keeps from one step to the next, beside weights and optimisers' state."""
+        return max(stage.kept_bytes for stage in self.stages)
+
+    @property
     def labels(self) -> tuple[str, ...]:
         """What each module's update depends on: "classes", "pairs" or "none"."""
         return self._by_module(lambda stage, k: stage.labels[k])
 
     @property
     def later(self) -> tuple[str, ...]:
-        """Does each module's update depend on the weights of a later one: "yes", "no" or "-"?"""
-        return self._by_module(lambda stage, k: _yes(k in stage.told))
+        """Does each module's update depend on the weights of a later one?
+
+        "yes", "no", "-" for a module that is not updated, or "2 steps late": on those of that time.
+        """
+        return self._by_module(lambda stage, k: _told(stage.delays[k]))
 
     @property
     def earlier(self) -> tuple[str, ...]:
@@ -179,6 +195,7 @@ class Audit:
             "later": list(self.later),
             "earlier": list(self.earlier),
             "peak_saved_bytes": self.peak_saved_bytes,
+            "kept_bytes": self.kept_bytes,
             "boundary_bytes": self.boundary_bytes,
         }
 
@@ -196,6 +213,7 @@ class Audit:
             f"    later weights       {', '.join(self.later)}",
             f"    earlier ones to run {', '.join(self.earlier)}",
             f"  peak of saved bytes   {self.peak_saved_bytes:,}",
+            f"  kept between steps    {self.kept_bytes:,}",
             f"  bytes over boundaries {self.boundary_bytes:,}",
         ]
         return "\n".join(lines)
@@ -204,7 +222,9 @@ class Audit:
 def audit(
     method: Method, net: ModularNetwork, batch: tuple[Tensor, Tensor], seed: int = 0
 ) -> Audit:
-    """Run two steps of every stage on copies, and report what the second one needed.
+    """Run a few steps of every stage on copies, and report what the last one needed.
+
+    Two steps do, but for a stage whose errors come with a delay.
 
     Args:
         method: how the network is trained.
@@ -238,36 +258,55 @@ def audit(
 def _audit_stage(
     method: Method, net: ModularNetwork, batch: tuple[Tensor, Tensor], seed: int, number: int
 ) -> StageAudit:
-    watched, stage, inputs = _second_step(method, net, batch, seed, number)
-    before = _parameters(watched)
-    with _Watch(watched, stage) as watch:
-        _step(stage, inputs, seed)
+    watched, stage, inputs = _begin(method, net, batch, seed, number)
+    first = (
+        stage.delay + 1
+    )  # steps until each module has been updated once: a first one may start from zeros
+    with SavedBytes(
+        _owned(watched, stage)
+    ) as memory:  # from the start: a graph may outlive its step
+        for _ in range(first):
+            _step(stage, inputs, seed)
+        before = _parameters(watched)
+        with _Watch(watched, stage) as watch:
+            _step(stage, inputs, seed)
     after = _parameters(watched)
     updated = tuple(k for k in range(len(net)) if not _equal(before[k], after[k]))
 
-    def again(labels: Tensor, changed: int | None = None) -> list[list[Tensor]]:
-        """The parameters after the same step with other labels, or other weights from a module on."""
-        other, stage, (x, _) = _second_step(method, net, batch, seed, number)
-        if changed is not None:
-            _change(other, changed)
-        _step(stage, (x, labels), seed)
+    def again(
+        labels: Tensor | None = None, changed: int | None = None, ago: int = 0
+    ) -> list[list[Tensor]]:
+        """The parameters after the same steps with other labels, or other weights from a module on.
+
+        Labels are others in every step but the first, weights from so many steps before the last on.
+        """
+        other, stage, (x, y) = _begin(method, net, batch, seed, number)
+        for step in range(first + 1):
+            if changed is not None and step == first - ago:
+                _change(other, changed)
+            _step(stage, (x, y if labels is None or not step else labels), seed)
         return _parameters(other)
 
     last = max(_ran(watch.events))
-    told = tuple(
-        k
-        for k in updated
-        if k < last and not _close(before[k], after[k], again(inputs[1], k + 1)[k])
-    )
+
+    def delay(k: int) -> int | None:
+        """How many steps ago the weights after module k were those on which its update depends."""
+        for ago in range(stage.delay + 1):
+            changed = k + 1 if not ago else last  # an old error is as old as the last module's
+            if not _close(before[k], after[k], again(changed=changed, ago=ago)[k]):
+                return ago
+        return None
+
     return StageAudit(
         tuple(watch.events),
         updated,
-        watch.memory.peak,
+        memory.peak,
         tuple(watch.forward_bytes[k] for k in range(len(net) - 1)),
         tuple(watch.backward_bytes[k] for k in range(len(net) - 1)),
         watch.ways(),
-        told,
+        tuple(delay(k) if k in updated and k < last else None for k in range(len(net))),
         _labels(again, inputs[1], before, after),
+        sum(tensor.nbytes for tensor in stage.kept()),
     )
 
 
@@ -280,14 +319,12 @@ def _prepare(
         return net, method.stages(net, batch[0])
 
 
-def _second_step(
+def _begin(
     method: Method, net: ModularNetwork, batch: tuple[Tensor, Tensor], seed: int, number: int
 ) -> tuple[ModularNetwork, Stage, tuple[Tensor, Tensor]]:
-    """A copy of the network, a stage and its input, after one step: a first step may start from zeros."""
+    """A copy of the network, a stage on it, and the stage's input."""
     copied, stages = _prepare(method, net, batch, seed)
-    inputs = _input(stages[number], batch, seed)
-    _step(stages[number], inputs, seed)
-    return copied, stages[number], inputs
+    return copied, stages[number], _input(stages[number], batch, seed)
 
 
 def _input(stage: Stage, batch: tuple[Tensor, Tensor], seed: int) -> tuple[Tensor, Tensor]:
@@ -366,6 +403,10 @@ def _trainable(module: nn.Module) -> list[nn.Parameter]:
     return [p for p in module.parameters() if p.requires_grad]
 
 
+def _told(delay: int | None) -> str:
+    return _yes(delay == 0) if not delay else f"{delay} step{'s' * (delay > 1)} late"
+
+
 def _yes(fact: bool) -> str:
     return "yes" if fact else "no"
 
@@ -412,8 +453,6 @@ class _Watch:
         self.events: list[Event] = []
         self.forward_bytes = [0] * len(net)
         self.backward_bytes = [0] * len(net)
-        owners = [net, *stage.objectives]
-        self.memory = SavedBytes(t for m in owners for t in (*m.parameters(), *m.buffers()))
         self._owned = {id(p) for p in net.parameters()}
         self._entries: list[_Entry] = []
         self._passes: dict[int, int] = {}  # autograd's name of a backward pass -> its number
@@ -427,7 +466,6 @@ class _Watch:
                 self._hook(_on_gradient(parameter, self._backward(k)))
         for optimizer in self.stage.optimizers:
             self._hook(optimizer.register_step_post_hook(self._update(optimizer)))
-        self._stack.enter_context(self.memory)
         return self
 
     def __exit__(self, *error: Any) -> None:
@@ -495,6 +533,13 @@ class _Watch:
                 self._note("update", k, len(self._passes) - 1)
 
         return hook
+
+
+def _owned(net: ModularNetwork, stage: Stage) -> Iterator[Tensor]:
+    """Parameters and buffers, which exist whether or not a backward pass will come."""
+    for owner in (net, *stage.objectives, *stage.auxiliary):
+        yield from owner.parameters()
+        yield from owner.buffers()
 
 
 def _on_gradient(parameter: Tensor, hook: Callable[[Tensor], None]) -> Any:

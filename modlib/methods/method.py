@@ -80,11 +80,20 @@ class Stage:
         frozen: modules that run before the first trained one; they stay as they are, in eval mode.
         complete: True when the stage trains the network's last module, so that the network can be
             evaluated after it.
+        auxiliary: networks that serve training alone and belong to no objective: inverses that send
+            targets back, synthesisers of gradients. Their optimisers come after the modules'.
 
     Attributes:
         autocast: makes the context in which modules and objectives run (mixed precision).
-        scalers: one gradient scaler for each module; disabled unless training is in float16.
+        scalers: one gradient scaler for each optimiser; disabled unless training is in float16.
+        value: what the numbers are that ``step`` returns, for a report of one that became infinite.
+        remedy: what to do then.
+        delay: how many steps old the errors are, at most, by which a module is updated.
     """
+
+    value = "objective"
+    remedy = "lower the learning rate"
+    delay = 0
 
     def __init__(
         self,
@@ -93,10 +102,11 @@ class Stage:
         optimizers: Sequence[Optimizer],
         frozen: Sequence[nn.Module] = (),
         complete: bool = True,
+        auxiliary: Sequence[nn.Module] = (),
     ) -> None:
         self.modules, self.objectives = list(modules), list(objectives)
         self.optimizers, self.frozen = list(optimizers), list(frozen)
-        self.complete = complete
+        self.complete, self.auxiliary = complete, list(auxiliary)
         self.autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
         self.scalers = [torch.amp.GradScaler(enabled=False) for _ in self.optimizers]
 
@@ -104,7 +114,7 @@ class Stage:
         """Put what is trained into training mode, and what is frozen into eval mode."""
         for module in self.frozen:
             module.eval()
-        for module in [*self.modules, *self.objectives]:
+        for module in [*self.modules, *self.objectives, *self.auxiliary]:
             module.train()
 
     def step(self, x: Tensor, y: Tensor) -> Tensor:
@@ -156,18 +166,35 @@ class Stage:
         """What to train on, given batches of the network's input; a stage may cache features."""
         return batches.paired() if self.pairs else batches
 
+    def watched(self) -> Iterator[tuple[str, nn.Module | None, Iterable[Tensor]]]:
+        """What must stay finite: what it is, of which module (None: of none), and its numbers."""
+        for module in self.modules:
+            yield "weights", module, module.parameters()
+        for module, objective in zip(self.modules, self.objectives, strict=False):
+            yield "auxiliary network", module, objective.parameters()
+        for network in self.auxiliary:
+            yield "an auxiliary network", None, network.parameters()
+
+    def kept(self) -> Iterable[Tensor]:
+        """What is kept from one step to the next, beside weights and the optimisers' own state."""
+        return ()
+
     def state_dict(self) -> dict[str, Any]:
         """Everything that resuming needs beside the network's own weights."""
-        return {
-            "objectives": [objective.state_dict() for objective in self.objectives],
-            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
-            "scalers": [scaler.state_dict() for scaler in self.scalers],
-        }
+        return {name: [part.state_dict() for part in getattr(self, name)] for name in _PARTS}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        for name in ("objectives", "optimizers", "scalers"):
+        for name in _PARTS:
             for part, saved in zip(getattr(self, name), state[name], strict=True):
                 part.load_state_dict(saved)
+
+
+_PARTS = (
+    "objectives",
+    "optimizers",
+    "scalers",
+    "auxiliary",
+)  # of a stage, with a state of their own
 
 
 def update(loss: Tensor, optimizer: Optimizer, scaler: torch.amp.GradScaler) -> None:

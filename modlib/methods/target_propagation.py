@@ -16,7 +16,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import pairwise
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -107,8 +106,8 @@ class TargetStage(Stage):
         step_size: float,
         noise: float,
     ) -> None:
-        super().__init__(modules, [CrossEntropy()], [*optimizers, *inverse_optimizers])
-        self.inverses = list(inverses)
+        optimizers = [*optimizers, *inverse_optimizers]
+        super().__init__(modules, [CrossEntropy()], optimizers, auxiliary=inverses)
         self.step_size, self.noise = step_size, noise
 
     def step(self, x: Tensor, y: Tensor) -> Tensor:
@@ -142,7 +141,7 @@ class TargetStage(Stage):
         return outputs
 
     def _learn_inverses(self, outputs: list[Tensor]) -> None:
-        for k, inverse in enumerate(self.inverses):
+        for k, inverse in enumerate(self.auxiliary):
             corrupted = outputs[k] + self.noise * torch.randn_like(outputs[k])
             with torch.no_grad():
                 after = self.modules[k + 1](corrupted)
@@ -160,25 +159,11 @@ class TargetStage(Stage):
         target = top - self.step_size * len(y) * gradient
         targets = [target]
         with torch.no_grad():
-            for k in reversed(range(len(self.inverses))):
-                inverse = self.inverses[k]
+            for k in reversed(range(len(self.auxiliary))):
+                inverse = self.auxiliary[k]
                 target = outputs[k] - inverse(outputs[k + 1]) + inverse(target)
                 targets.append(target)
         return targets[::-1]
-
-    def train(self) -> None:
-        super().train()
-        for inverse in self.inverses:
-            inverse.train()
-
-    def state_dict(self) -> dict[str, Any]:
-        inverses = [inverse.state_dict() for inverse in self.inverses]
-        return {**super().state_dict(), "inverses": inverses}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        super().load_state_dict(state)
-        for inverse, saved in zip(self.inverses, state["inverses"], strict=True):
-            inverse.load_state_dict(saved)
 
 
 def _distance(a: Tensor, b: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -105,8 +106,8 @@ def fit(
 
     Raises:
         ValueError, TypeError: an argument cannot work; nothing has been trained or written.
-        FloatingPointError: an objective, a weight or the network's output became infinite or NaN; the
-            checkpoint holds the last good epoch.
+        FloatingPointError: an objective, a weight or the network's output became infinite or NaN: the
+            sentence names the module and what to lower; the checkpoint holds the last good epoch.
     """
     check_kind("net", net, nn.Module, "modlib.networks.mlp([64, 10])")
     check_kind("method", method, Method, "modlib.methods.E2EBP()")
@@ -232,19 +233,31 @@ class _Run:
             FloatingPointError: it went wrong.
         """
         stage = self.stages[number]
-        wrong = ""
-        if losses is not None and not bool(losses.isfinite().all()):
-            wrong = f"an objective became {losses.tolist()}"
-        elif not _finite(stage):
-            wrong = "weights became infinite or NaN in its last steps"
+        wrong = self._diverged(stage, losses)
         if wrong:
-            raise FloatingPointError(
-                f"Stage {number}, epoch {epoch}: {wrong}; lower the learning rate."
-            )
+            raise FloatingPointError(f"Stage {number}, epoch {epoch}: {wrong}; {stage.remedy}.")
         means = [None] * len(stage.modules) if losses is None else losses.tolist()
         row: Row = {"stage": number, "epoch": epoch, "losses": means}
         row["test_accuracy"] = evaluate(self.net, data).accuracy if stage.complete else None
         return row | ({"skipped": skipped} if skipped else {})
+
+    def _diverged(self, stage: Stage, losses: Tensor | None) -> str:
+        """Which number of which module became infinite or NaN; "" if none did."""
+        for module, loss in zip(
+            stage.modules, [] if losses is None else losses.tolist(), strict=False
+        ):
+            if not math.isfinite(loss):
+                return f"{self._name(module)}'s {stage.value} became {loss}"
+        for what, owner, numbers in stage.watched():
+            if not all(bool(tensor.isfinite().all()) for tensor in numbers):
+                whose = what if owner is None else f"{self._name(owner)}'s {what}"
+                return f"{whose} became infinite or NaN"
+        return ""
+
+    def _name(self, module: nn.Module) -> str:
+        """What a report calls a module that was trained."""
+        numbers = [k for k, part in enumerate(self.net) if part is module]
+        return f"module {numbers[0]}" if numbers else "the network"
 
     def _set_rate(self, stage: Stage, progress: float) -> None:
         factor = self.factor(progress)
@@ -317,12 +330,6 @@ class _Run:
             f"epochs={list(self.epochs)}: {self.checkpoint.path} belongs to a run with "
             f"{list(before)}, and {why}; give those epochs or another path."
         )
-
-
-def _finite(stage: Stage) -> bool:
-    """Is every number finite that the stage has trained?"""
-    groups = (group["params"] for o in stage.optimizers for group in o.param_groups)
-    return bool(torch.stack([p.isfinite().all() for group in groups for p in group]).all())
 
 
 def _set_precision(stage: Stage, precision: str, device: torch.device) -> None:

@@ -31,11 +31,21 @@ def rehearse(net: nn.Module, stages: Sequence[Stage], batches: Batches, seed: in
     """
     for stage in stages:
         with _unmoved(net, stage):
-            _step(stage, batches, seed)
+            _step(_apart(net, stage), batches, seed)
+
+
+def _apart(net: nn.Module, stage: Stage) -> Stage:
+    """The stage with the same networks, and a copy of whatever else a step may change."""
+    owners = [net, *stage.modules, *stage.objectives, *stage.frozen, *stage.auxiliary]
+    shared = [
+        *(part for owner in owners for part in (*owner.modules(), *owner.parameters())),
+        *stage.optimizers,
+        *stage.scalers,
+    ]
+    return copy.deepcopy(stage, {id(part): part for part in shared})
 
 
 def _step(stage: Stage, batches: Batches, seed: int) -> None:
-    stage = copy.copy(stage)  # its lists are exchanged, not changed
     stage.optimizers = [cast(Optimizer, _Still(optimizer)) for optimizer in stage.optimizers]
     stage.scalers = [cast(torch.amp.GradScaler, _Prompter()) for _ in stage.optimizers]
     # Of the network's input: a stage that stores features would store those of a whole epoch here.
@@ -102,11 +112,12 @@ class _Prompter:
 @contextmanager
 def _unmoved(net: nn.Module, stage: Stage) -> Iterator[None]:
     """What a forward and a backward pass change is put back: modes, statistics, gradients, randomness."""
-    parts = [part for whole in (net, *stage.objectives) for part in whole.modules()]
+    owners = (net, *stage.objectives, *stage.auxiliary)
+    parts = [part for whole in owners for part in whole.modules()]
     modes = [(part, part.training) for part in parts]
     device = next(net.parameters()).device
     try:
-        with forked(device), buffers_kept(net, *stage.objectives):
+        with forked(device), buffers_kept(*owners):
             yield
     finally:
         for part, mode in modes:
