@@ -13,7 +13,8 @@ from torch import nn
 from modlib.data import Loader
 from modlib.experiments import environment
 from modlib.experiments.recipes import RECIPES
-from modlib.experiments.recipes.recipe import Recipe
+from modlib.experiments.recipes.recipe import Batch, Recipe
+from modlib.measure.angles import KeepStages
 from modlib.measure.audit import audit
 from modlib.measure.costs import costs
 from modlib.network import ModularNetwork
@@ -70,9 +71,10 @@ def run(
     net = recipe.network(settings, data, seed, batch[0].cpu()).to(where)
     method = recipe.method()
     measured, price = audit(method, net, batch), costs(method, net, batch)
+    keeper = KeepStages(method)
     history = fit(
         net,
-        method,
+        keeper if recipe.watch else method,
         data,
         epochs=recipe.epochs(settings, len(net)),
         batch_size=settings.batch_size,
@@ -83,7 +85,7 @@ def run(
         checkpoint=folder / "checkpoint.pt",
         resume=resume,
         progress=progress,
-        after_epoch=_keep(folder),
+        after_epoch=_after_epoch(folder, recipe, keeper, batch),
     )
     record = {
         "recipe": recipe.name,
@@ -139,10 +141,12 @@ def _recipe(recipe: str | Recipe) -> Recipe:
     return RECIPES[recipe]
 
 
-def _keep(folder: Path) -> Any:
-    """Keep the network after every epoch: certificates and figures are computed from these."""
+def _after_epoch(folder: Path, recipe: Recipe, keeper: KeepStages, batch: Batch) -> Any:
+    """Keep the network after every epoch, for certificates and figures; measure what the recipe watches."""
 
-    def after_epoch(net: nn.Module, row: dict[str, Any]) -> None:
+    def after_epoch(net: ModularNetwork, row: dict[str, Any]) -> None:
+        if recipe.watch:
+            row.update(recipe.watch(keeper.kept[row["stage"]], net, batch))
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"stage{row['stage']}-epoch{row['epoch']}.pt"
         checkpoints.save_whole({k: v.cpu() for k, v in net.state_dict().items()}, path)

@@ -13,9 +13,12 @@ from torch import Tensor, nn
 from modlib import data as datasets
 from modlib import networks
 from modlib.data import Dataset
-from modlib.methods import Method
+from modlib.measure.angles import angles
+from modlib.methods import Method, Stage
 from modlib.network import ModularNetwork, partition
 from modlib.training import Schedule
+
+Batch = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True)
@@ -95,6 +98,7 @@ class Recipe:
         build: makes the network from (profile, data, seed).
         output_apart: the output module is a stage of its own, on stored features.
         schedule: of the learning rates, as in ``modlib.fit``.
+        watch: what to measure after every epoch, of (stage, network, batch), for the record's history.
     """
 
     name: str
@@ -105,6 +109,7 @@ class Recipe:
     build: Callable[[Profile, Dataset, int], nn.Module] = field(default_factory=lambda: trunk)
     output_apart: bool = False
     schedule: str | Schedule = "one-cycle"
+    watch: Callable[[Stage, ModularNetwork, Batch], dict[str, Any]] | None = None
 
     def network(self, profile: Profile, data: Dataset, seed: int, x: Tensor) -> ModularNetwork:
         """The network, cut; x is a batch to balance the cut on."""
@@ -122,6 +127,11 @@ class Recipe:
     def settings(self) -> dict[str, Any]:
         """What the record says of the recipe."""
         return {"cut": self.cut, **self.note}
+
+
+def watch_angles(stage: Stage, net: ModularNetwork, batch: Batch) -> dict[str, Any]:
+    """Each module's angle to the gradient, in degrees."""
+    return {"angles": [a if a is None else round(a, 3) for a in angles(stage, net, batch)]}
 
 
 def trunk(profile: Profile, data: Dataset, seed: int, boundary: str = "before") -> nn.Module:
