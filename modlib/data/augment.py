@@ -21,20 +21,21 @@ class Augment:
 
     Args:
         pad: pixels added on each side before a crop of the original size at random; 0: no crop.
-        flip: mirror left to right with probability 1/2.
+        flip: mirror left to right with probability 1/2; "alternate": in every second epoch, from a first one
+            that is drawn for each image (Jordan 2024, arXiv 2404.00498).
         cutout: side in pixels of a square set to the mean colour, its centre anywhere in the
             image, clipped at the border (DeVries and Taylor 2017, arXiv:1708.04552); 0: none.
         mode: what the padding shows, "reflect" or "zeros" (black, as torchvision's RandomCrop).
 
     Raises:
-        ValueError: if ``pad`` or ``cutout`` is negative, or ``mode`` is unknown.
+        ValueError: if ``pad`` or ``cutout`` is negative, or ``flip`` or ``mode`` is unknown.
 
     >>> Augment(pad=2, flip=False)
     Augment(pad=2, flip=False, cutout=0, mode='reflect')
     """
 
     pad: int = 4
-    flip: bool = True
+    flip: bool | Literal["alternate"] = True
     cutout: int = 0
     mode: Literal["reflect", "zeros"] = "reflect"
 
@@ -42,6 +43,8 @@ class Augment:
         for what, value in (("pad", self.pad), ("cutout", self.cutout)):
             if value < 0:
                 raise ValueError(f"{what} is {value}; give 0 or a number of pixels.")
+        if self.flip not in (True, False, "alternate"):
+            raise ValueError(f"flip is {self.flip!r}; give True, False or 'alternate'.")
         if self.mode not in ("reflect", "zeros"):
             raise ValueError(f"mode is {self.mode!r}; give 'reflect' or 'zeros'.")
 
@@ -95,7 +98,7 @@ class Windows:
         self._step = 1 if planar else self.channels  # elements from a column to the next
         self._row, self._image = wide * self._step, tall * wide * self.channels
         self._length = self._image if planar else self.height * self._row
-        copies = 1 + augment.flip
+        copies = 1 + bool(augment.flip)
         layout = (self.channels, tall, wide) if planar else (tall, wide, self.channels)
         size = copies * self.n * self._image
         dtype = torch.from_numpy(np.empty(0, images.dtype)).dtype
@@ -113,7 +116,7 @@ class Windows:
         """Memory that ``images`` (N, H, W, C) will take."""
         n, height, width, channels = images.shape
         pixels = (height + 2 * augment.pad) * (width + 2 * augment.pad)
-        return int((1 + augment.flip) * n * pixels * channels * images.dtype.itemsize)
+        return int((1 + bool(augment.flip)) * n * pixels * channels * images.dtype.itemsize)
 
     def starts(self, image: Array, flip: Array, row: Array, column: Array) -> Tensor:
         """Where crops start: all arguments integers (B,), ``row`` and ``column`` in 0..2 pad."""

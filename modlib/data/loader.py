@@ -122,7 +122,7 @@ class Loader:
         for what, value in (("seed", seed), ("epoch", epoch)):
             if value < 0:
                 raise ValueError(f"{what} is {value}; give 0 or more.")
-        return self._batches(np.random.default_rng((seed, epoch)))
+        return self._batches(seed, epoch)
 
     def sample(self, n: int) -> Batch:
         """The first n images, not augmented, as (x, y); of a fixed random order if shuffled.
@@ -164,12 +164,16 @@ class Loader:
             return stratified_batches(self._labels, self.batch_size, rng).ravel()
         return rng.permutation(self.n) if self.shuffle else np.arange(self.n)
 
-    def _batches(self, rng: np.random.Generator) -> Iterator[Batch]:
+    def _batches(self, seed: int, epoch: int) -> Iterator[Batch]:
+        rng = np.random.default_rng((seed, epoch))
         order = self._order(rng)
         n = len(order)
         # Numpy draws for all devices alike; one transfer an epoch, not one a batch.
         row, column = rng.integers(0, 2 * self.augment.pad + 1, (2, n))
-        flip = rng.integers(0, 1 + self.augment.flip, n)
+        flip = rng.integers(0, 1 + bool(self.augment.flip), n)
+        if self.augment.flip == "alternate":
+            coin: Array = np.random.default_rng(seed).integers(0, 2, self.n)
+            flip = (coin[order] + epoch) % 2
         height, width = self._images.shape[1:3]
         centre = self._on_device(rng.integers(0, [[height], [width]], (2, n)))
         labels = self._on_device(self._labels[order])

@@ -28,19 +28,45 @@ Optimizers = MakeOptimizer | Sequence[MakeOptimizer] | None  # one for all modul
 
 
 def sgd(
-    lr: float = 0.1, momentum: float = 0.9, weight_decay: float = 5e-4, nesterov: bool = True
+    lr: float = 0.1,
+    momentum: float = 0.9,
+    weight_decay: float = 5e-4,
+    nesterov: bool = True,
+    *,
+    decoupled: bool = False,
+    bias_rate: float = 1.0,
 ) -> MakeOptimizer:
     """Stochastic gradient descent with Nesterov momentum, to be made for each module.
 
     Any ``functools.partial(torch.optim.AdamW, lr=...)`` serves in its place.
+
+    Args:
+        lr: the learning rate.
+        momentum: 0 for none.
+        weight_decay: L2 penalty; with ``decoupled`` the share that a weight loses in a step at full rate.
+        nesterov: look ahead, if there is momentum.
+        decoupled: decay that does not grow with the learning rate (Loshchilov & Hutter 2019, arXiv 1711.05101).
+        bias_rate: factor on the learning rate of biases and batch norm's shifts (all vectors).
+
+    >>> import torch
+    >>> optimizer = sgd(0.5, weight_decay=0.01, decoupled=True, bias_rate=10.0)(torch.nn.Linear(2, 2).parameters())
+    >>> [(group["lr"], group["weight_decay"]) for group in optimizer.param_groups]    # weights, biases
+    [(0.5, 0.02), (5.0, 0.002)]
     """
-    return partial(
-        torch.optim.SGD,
-        lr=lr,
-        momentum=momentum,
-        weight_decay=weight_decay,
-        nesterov=nesterov and momentum > 0,
-    )
+    make = partial(torch.optim.SGD, momentum=momentum, nesterov=nesterov and momentum > 0)
+    if not decoupled and bias_rate == 1.0:
+        return partial(make, lr=lr, weight_decay=weight_decay)
+
+    def grouped(parameters: Iterable[nn.Parameter]) -> Optimizer:
+        everything = list(parameters)
+        groups = []
+        for rate, vectors in ((lr, False), (lr * bias_rate, True)):
+            members = [p for p in everything if (p.dim() < 2) is vectors]
+            decay = weight_decay / rate if decoupled else weight_decay
+            groups.append({"params": members, "lr": rate, "weight_decay": decay})
+        return make([group for group in groups if group["params"]])
+
+    return grouped
 
 
 class Batches(Protocol):

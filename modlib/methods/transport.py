@@ -22,7 +22,6 @@ from modlib.methods.local import LocalLearning
 from modlib.methods.method import Optimizers, Stage, sgd
 from modlib.network import ModularNetwork
 from modlib.objectives import AuxiliaryClassifier
-from modlib.objectives.cross_entropy import cross_entropy
 
 _LAST_NORM = {"BasicBlock": "bn2", "Bottleneck": "bn3"}  # torchvision's, which takes long to import
 
@@ -46,12 +45,9 @@ class _Transport(AuxiliaryClassifier):
     """Label-smoothed cross-entropy, plus the movements noted while the module ran."""
 
     def __init__(self, network: str | nn.Module, smoothing: float, tau: float) -> None:
-        super().__init__(network)
-        self.smoothing, self.tau = smoothing, tau
+        super().__init__(network, smoothing=smoothing)
+        self.tau = tau
         self.movements: list[Tensor] = []
-
-    def forward(self, h: Tensor, y: Tensor) -> Tensor:
-        return cross_entropy(self.logits(h), y, self.smoothing)
 
     def local(self, h: Tensor, y: Tensor, x: Tensor) -> Tensor:
         price = sum(self.movements, start=torch.zeros((), device=h.device)) / (2 * self.tau)
@@ -63,7 +59,7 @@ class _Transport(AuxiliaryClassifier):
         self.movements.append(wide(r.clone()).square().mean())
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, smoothing={self.smoothing}, tau={self.tau}"
+        return f"{super().extra_repr()}, tau={self.tau}"
 
 
 class _TransportStage(Stage):

@@ -8,6 +8,7 @@ Each is a chain of layers, to be cut by ``modlib.partition``::
     vit        a vision transformer
     vgg8b      on which local error signals were published
     patch_cnn  an encoder of patches, for Greedy InfoMax
+    whitened_cnn  of the fast CIFAR-10 recipes, whose first convolution whitens
 
 Their layers, for networks of your own: ``ResidualUnit``, ``VGGUnit``, ``Patches``, ``JoinPatches``.
 """
@@ -22,5 +23,6 @@ from modlib.networks.residual import resnet as resnet
 from modlib.networks.vgg import VGGUnit as VGGUnit
 from modlib.networks.vgg import vgg8b as vgg8b
 from modlib.networks.vit import vit as vit
+from modlib.networks.whitened import whitened_cnn as whitened_cnn
 
 # There is no __all__: help() would print every member that each layer inherits from torch.

@@ -16,7 +16,7 @@ from typing import Self, cast
 
 from torch import Tensor, nn
 
-from modlib.objectives.cross_entropy import cross_entropy
+from modlib.objectives.cross_entropy import checked_share, cross_entropy
 from modlib.objectives.objective import Objective
 from modlib.tokens import MeanToken, pooled_shape
 
@@ -44,6 +44,7 @@ class AuxiliaryClassifier(Objective):
             after theirs (``networks.cnn(..., boundary="after")``), as the papers do: under such a head
             a module that ends before it learns one hidden layer less (the book proves it beside greedy
             learning).
+        smoothing: of the labels, as in ``CrossEntropy``.
         trainable: False leaves the auxiliary network as it was drawn: no step and no weight decay
             changes its parameters, and the module learns to suit a random classifier.
 
@@ -60,8 +61,15 @@ class AuxiliaryClassifier(Objective):
     10.0
     """
 
-    def __init__(self, network: str | nn.Module = "mlp-sr", trainable: bool = True) -> None:
+    def __init__(
+        self,
+        network: str | nn.Module = "mlp-sr",
+        trainable: bool = True,
+        *,
+        smoothing: float = 0.0,
+    ) -> None:
         super().__init__()
+        self.smoothing = checked_share("smoothing", smoothing)
         self.kind = network if isinstance(network, str) else "own"
         if isinstance(network, str) and network not in _KINDS:
             raise ValueError(
@@ -90,7 +98,7 @@ class AuxiliaryClassifier(Objective):
             self.requires_grad_(False)
 
     def forward(self, h: Tensor, y: Tensor) -> Tensor:
-        return cross_entropy(self.logits(h), y)
+        return cross_entropy(self.logits(h), y, self.smoothing)
 
     def logits(self, h: Tensor) -> Tensor:
         """The auxiliary network's logits (N, classes) for a module's output h."""
@@ -102,7 +110,8 @@ class AuxiliaryClassifier(Objective):
         return cast(Tensor, self.network(h))
 
     def extra_repr(self) -> str:
-        return repr(self.kind) + ("" if self.trainable else ", trainable=False")
+        smoothing = f", smoothing={self.smoothing}" if self.smoothing else ""
+        return repr(self.kind) + ("" if self.trainable else ", trainable=False") + smoothing
 
 
 class MonoForward(AuxiliaryClassifier):

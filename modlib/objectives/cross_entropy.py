@@ -15,6 +15,10 @@ from modlib.objectives.objective import Objective
 class CrossEntropy(Objective):
     """Softmax cross-entropy (nats) of logits h (N, C) and labels y (N,): E2EBP's objective.
 
+    Args:
+        smoothing: share of the target that goes to all classes alike (label smoothing; Szegedy et al. 2016,
+            arXiv 1512.00567, section 7).
+
     Raises:
         ValueError: the labels do not fit the logits.
 
@@ -23,8 +27,15 @@ class CrossEntropy(Objective):
     4.0
     """
 
+    def __init__(self, smoothing: float = 0.0) -> None:
+        super().__init__()
+        self.smoothing = checked_share("smoothing", smoothing)
+
     def forward(self, h: Tensor, y: Tensor) -> Tensor:
-        return cross_entropy(h, y)
+        return cross_entropy(h, y, self.smoothing)
+
+    def extra_repr(self) -> str:
+        return f"smoothing={self.smoothing}" if self.smoothing else ""
 
 
 def cross_entropy(logits: Tensor, y: Tensor, smoothing: float = 0.0) -> Tensor:
@@ -40,6 +51,17 @@ def cross_entropy(logits: Tensor, y: Tensor, smoothing: float = 0.0) -> Tensor:
         )
     check_labels(y, *logits.shape)
     return F.cross_entropy(logits, y, label_smoothing=smoothing)
+
+
+def checked_share(name: str, share: float) -> float:
+    """A number that must lie in [0, 1).
+
+    Raises:
+        ValueError: it does not.
+    """
+    if not 0.0 <= share < 1.0:
+        raise ValueError(f"{name}={share}: give a share from 0 to below 1.")
+    return share
 
 
 def check_labels(y: Tensor, n: int, classes: int | None = None) -> None:

@@ -24,7 +24,12 @@ class Evaluation:
 
 
 def evaluate(
-    net: nn.Module, data: Dataset, split: Split = "test", batch_size: int = 500
+    net: nn.Module,
+    data: Dataset,
+    split: Split = "test",
+    batch_size: int = 500,
+    *,
+    flip: bool = False,
 ) -> Evaluation:
     """Accuracy and cross-entropy of a network on a split, in eval mode, on the network's device.
 
@@ -32,9 +37,10 @@ def evaluate(
         net: maps images (N, C, H, W) to logits (N, classes).
         data: what it is evaluated on.
         split: "test" or "train"; the training images are not augmented here.
+        flip: average the logits of each image and its mirror image (test-time augmentation): twice the work.
 
     Raises:
-        ValueError: the network gives no logit for each class.
+        ValueError: the network gives no logit for each class, or there are no images to mirror.
         FloatingPointError: its loss is infinite or NaN: the network has no accuracy.
 
     >>> import modlib
@@ -42,6 +48,10 @@ def evaluate(
     >>> modlib.evaluate(modlib.networks.mlp([64, 10]), digits).n == len(digits.test_labels)
     True
     """
+    if flip and len(data.shape) != 3:
+        raise ValueError(
+            f"flip=True mirrors images, but {data.name!r} has inputs of shape {data.shape}; leave it out."
+        )
     reference = next(net.parameters())
     loader = Loader(
         data, split, batch_size, device=reference.device, shuffle=False, drop_last=False
@@ -49,7 +59,10 @@ def evaluate(
     correct, loss = torch.zeros(2, device=reference.device)
     with evaluating(net):
         for x, y in loader.epoch(0, 0):
-            logits = net(in_precision(x, reference)).float()
+            x = in_precision(x, reference)
+            logits = net(x).float()
+            if flip:
+                logits = (logits + net(x.flip(-1)).float()) / 2
             check_logits(logits.shape[1:], len(data.classes))
             correct += (logits.argmax(1) == y).sum()
             loss += F.cross_entropy(logits, y, reduction="sum")
