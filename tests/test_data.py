@@ -5,11 +5,13 @@ Nothing here touches the network. Tests on real images skip where $MODLIB_DATA d
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import pickle
 import signal
 import tarfile
+import threading
 from collections.abc import Callable, Iterator
 from functools import partial
 from hashlib import md5
@@ -25,6 +27,7 @@ import torch
 import torchvision
 from PIL import Image
 from scipy.io import savemat
+from torchvision import transforms
 from torchvision.transforms import functional as vision
 
 import modlib
@@ -34,6 +37,7 @@ from modlib.data import (
     Dataset,
     Loader,
     default_augment,
+    distortion,
     explain,
     load,
     prepare,
@@ -42,9 +46,12 @@ from modlib.data import (
 )
 from modlib.data import augment as augment_file
 from modlib.data import loader as loader_file
+from modlib.data import memory as memory_file
 from modlib.data.augment import Windows, cutout_mask, pad_images, spans, spans_by_index
 from modlib.data.cache import PARTS, read, root_folder, write, writing
 from modlib.data.dataset import statistics
+from modlib.data.distortion import Distortion, draw_boxes, resized_crops
+from modlib.data.memory import ahead
 from modlib.data.stratified import lonely, stratified_batches
 
 # --------------------------------------------------------------------------- what tests use
@@ -465,12 +472,294 @@ def test_default_augment() -> None:
         ({"pad": -1}, "pad is -1"),
         ({"cutout": -2}, "cutout is -2"),
         ({"mode": "edge"}, "mode is 'edge'"),
+        ({"scale": (0.5, 1)}, r"pad is 4 and scale is \(0.5, 1\), but only one of them can crop"),
+        ({"pad": 0, "scale": (0, 1)}, r"scale is \(0, 1\)"),
+        ({"pad": 0, "scale": (0.5, 1.5)}, r"scale is \(0.5, 1.5\)"),
+        ({"pad": 0, "scale": (0.5, 0.1)}, r"scale is \(0.5, 0.1\)"),
+        ({"ratio": (2, 1)}, r"ratio is \(2, 1\)"),
+        ({"brightness": -0.1}, "brightness is -0.1; give a number of 0 or more"),
+        ({"contrast": float("nan")}, "contrast is nan"),
+        ({"saturation": float("inf")}, "saturation is inf"),
+        ({"hue": 0.6}, "hue is 0.6; give a number from 0 to 0.5"),
     ],
 )
 def test_augment_refuses(wrong: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message) as error:
         Augment(**wrong)
     one_sentence(error)
+
+
+# --------------------------------------------------------------------------- resized crops and colours
+
+
+@pytest.mark.parametrize(("height", "width"), [(12, 12), (9, 16)])
+def test_resized_crops_are_those_of_torchvision_image_by_image(height: int, width: int) -> None:
+    rng = np.random.default_rng(0)
+    x = torch.from_numpy(rng.uniform(0, 255, (40, 3, height, width)).astype(np.float32))
+    boxes = np.stack(draw_boxes(rng, 40, height, width, (0.02, 1), (0.5, 2)))
+    boxes[:, 0] = 0, 0, height, width  # the whole image, and a single pixel of a corner
+    boxes[:, 1] = height - 1, width - 1, 1, 1
+    flip = rng.integers(0, 2, 40)
+    out = resized_crops(x, torch.from_numpy(np.stack([*boxes, flip])).float())
+    for image, crop, box, mirrored in zip(x, out, boxes.T.tolist(), flip, strict=True):
+        crop = vision.hflip(crop) if mirrored else crop
+        size = [height, width]
+        for antialias in (False, True):  # no crop is scaled down: it makes no difference
+            expected = vision.resized_crop(image, *box, size, antialias=antialias)
+            assert torch.allclose(crop, expected, atol=2e-3)
+    assert torch.allclose(out[1], x[1, :, -1:, -1:].expand(3, height, width), atol=1e-3)
+
+
+def test_boxes_are_drawn_as_they_should_be() -> None:
+    n, side = 20_000, 200
+    rng = np.random.default_rng(0)
+    top, left, high, wide = draw_boxes(rng, n, side, side, (0.08, 1), (3 / 4, 4 / 3))
+    assert top.min() == left.min() == 0 and (top + high).max() == (left + wide).max() == side
+    assert high.min() > 0 and wide.min() > 0
+    whole = (high == side) & (wide == side)
+    share, aspect = (high * wide)[~whole] / side**2, np.log(wide / high)[~whole]
+    assert share.min() > 0.075 and share.max() <= 1
+    assert aspect.min() > np.log(3 / 4) - 0.03 and aspect.max() < np.log(4 / 3) + 0.03
+    # Where every ratio fits, the share is uniform: 9 in 67 of it lies below 0.08 + 0.09.
+    small = draw_boxes(rng, n, side, side, (0.08, 0.75), (3 / 4, 4 / 3))
+    below = ((small[2] * small[3]) < 0.17 * side**2).mean()
+    assert abs(below - 9 / 67) < 5 * np.sqrt(9 / 67 / n)
+    assert abs(np.log(small[3] / small[2]).mean()) < 0.01
+    theirs = [
+        transforms.RandomResizedCrop.get_params(
+            torch.empty(3, side, side), [0.08, 1], [3 / 4, 4 / 3]
+        )
+        for _ in range(2000)
+    ]
+    assert abs(np.mean([h * w for *_, h, w in theirs]) - np.mean(high * wide)) < 0.03 * side**2
+
+
+def test_where_no_box_fits_the_largest_in_the_middle_is_taken() -> None:
+    rng = np.random.default_rng(0)
+    for size, ratio, expected in [
+        ((8, 8), (2.0, 2.0), [2, 0, 4, 8]),
+        ((8, 8), (0.5, 0.5), [0, 2, 8, 4]),
+        ((6, 12), (1.0, 1.0), [0, 3, 6, 6]),
+    ]:
+        boxes = draw_boxes(rng, 3, *size, (1, 1), ratio)
+        assert [sides.tolist() for sides in boxes] == [[side] * 3 for side in expected]
+
+
+def colours(n: int = 30) -> Any:
+    """Values 0..255, among them grey, black and white pixels and ties of the largest."""
+    x = np.random.default_rng(0).uniform(0, 255, (n, 3, 6, 6)).astype(np.float32)
+    x[:, :, 0, 0], x[:, :, 0, 1], x[:, :, 0, 2] = 100, 0, 255
+    x[:, 0, 1], x[:, 1, 2], x[:, 2, 3] = x[:, 1, 1], x[:, 2, 2], x[:, 0, 3]
+    return torch.from_numpy(x)
+
+
+@pytest.mark.parametrize(
+    ("change", "theirs", "low", "high"),
+    [
+        (distortion.brighter, vision.adjust_brightness, 0.0, 2.0),
+        (distortion.contrasted, vision.adjust_contrast, 0.0, 2.0),
+        (distortion.saturated, vision.adjust_saturation, 0.0, 2.0),
+        (distortion.turned, vision.adjust_hue, -0.5, 0.5),
+    ],
+)
+def test_colours_change_as_those_of_torchvision(
+    change: Any, theirs: Any, low: float, high: float
+) -> None:
+    x = colours()
+    factors = torch.linspace(low, high, len(x))
+    out = change(x.clone(), factors.view(-1, 1, 1, 1)) / 255
+    for image, new, factor in zip(x / 255, out, factors, strict=True):
+        assert torch.allclose(new, theirs(image, float(factor)), atol=2e-4)
+    assert (out.min(), out.max()) == (0, 1) or theirs is vision.adjust_hue
+
+
+def test_a_distorted_batch_is_what_torchvision_makes_of_each_image() -> None:
+    augment = Augment(0, scale=(0.3, 1), brightness=0.4, contrast=0.3, saturation=0.2, hue=0.1)
+    flip = np.arange(30) % 2
+    made_of = Distortion(augment, np.random.default_rng(1), flip, 6, 6, torch.device("cpu"))
+    assert list(made_of._factors) == ["brightness", "contrast", "saturation", "hue"]
+    for what, drawn in made_of._factors.items():
+        middle, strength = (0 if what == "hue" else 1), getattr(augment, what)
+        assert (drawn - middle).abs().max() <= strength and drawn.std() > strength / 3
+    out = made_of(colours()[10:], slice(10, 30)) / 255
+    for i, (image, new) in enumerate(zip(colours()[10:] / 255, out, strict=True), 10):
+        *box, mirrored = made_of._boxes[:, i].int().tolist()
+        image = vision.resized_crop(image, *box, [6, 6], antialias=True)
+        image = vision.hflip(image) if mirrored else image
+        for what, drawn in made_of._factors.items():
+            image = getattr(vision, f"adjust_{what}")(image, float(drawn[i]))
+        assert torch.allclose(new, image, atol=1e-3)
+
+
+DISTORTED = [
+    Augment(0, scale=(0.2, 1)),
+    Augment(0, flip=False, scale=(0.2, 1), ratio=(1, 1), cutout=3),
+    Augment(0, flip="alternate", scale=(0.2, 1)),
+    Augment(2, brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1),
+    Augment(0, scale=(0.2, 1), brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1, cutout=4),
+]
+
+
+@pytest.mark.parametrize("augment", DISTORTED)
+def test_distorted_batches_depend_on_seed_and_epoch_alone(augment: Augment) -> None:
+    def batches(**options: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        return epoch(Loader(made(), augment=augment, **options), seed=3, number=5)
+
+    x, y = batches(batch_size=10)
+    assert x.is_contiguous() and x.dtype == torch.float32
+    for options in (
+        {"memory": "map"},
+        {"memory": "device"},
+        {"batch_size": 20},
+        {"channels_last": True},
+    ):
+        u, v = batches(**{"batch_size": 10, **options})
+        assert torch.equal(x, u) and torch.equal(y, v)
+        assert u.is_contiguous(memory_format=torch.channels_last) is bool(
+            options.get("channels_last")
+        )
+    for other in ((3, 6), (4, 5)):
+        z, _ = epoch(Loader(made(), augment=augment, batch_size=10), *other)
+        assert not torch.equal(z, x)
+    assert Loader(made(), augment=augment, batch_size=8).random
+
+
+def test_a_mirrored_resized_crop_comes_half_of_the_time() -> None:
+    ramp = np.tile(np.arange(0, 240, 20, dtype=np.uint8)[None, None, :, None], (400, 12, 1, 3))
+    labels = np.arange(400) % 2
+    data = Dataset("ramps", ramp, labels, ramp, labels)
+    x, _ = epoch(Loader(data, augment=Augment(0, scale=(0.5, 1)), batch_size=400))
+    right = (x[..., -1] > x[..., 0]).all(2).all(1)
+    assert 150 < right.sum() < 250 and torch.equal((x[..., -1] < x[..., 0]).all(2).all(1), ~right)
+    x, _ = epoch(Loader(data, augment=Augment(0, flip=False, scale=(0.5, 1)), batch_size=400))
+    assert (x[..., -1] > x[..., 0]).all()
+
+
+def test_resized_crops_need_one_copy_of_the_images() -> None:
+    loader = Loader(made(), augment=Augment(0, scale=(0.5, 1)), batch_size=8, memory="device")
+    assert loader._windows is not None
+    assert len(loader._windows._flat) == 61 * 12 * 12 * 3  # of 60, and one that a copy may run into
+
+
+def test_grey_images_change_brightness_and_contrast_alone() -> None:
+    data = made(channels=1)
+    x, _ = epoch(Loader(data, augment=Augment(1, brightness=0.5, contrast=0.5), batch_size=8))
+    assert x.shape[1] == 1 and x.isfinite().all()
+    for what in ("saturation", "hue"):
+        with pytest.raises(
+            ValueError, match=f"augment changes the {what} but made has 1 colour"
+        ) as error:
+            Loader(data, augment=Augment(1, **{what: 0.1}), batch_size=8)  # type: ignore[arg-type]
+        one_sentence(error)
+
+
+def test_what_an_augmentation_does_is_in_its_name() -> None:
+    assert repr(Augment()) == "Augment(pad=4, flip=True, cutout=0, mode='reflect')"
+    for augment in DISTORTED:
+        assert eval(repr(augment)) == augment
+
+
+# --------------------------------------------------------------------------- reading ahead
+
+
+def running() -> list[str]:
+    """Threads that read ahead."""
+    return [thread.name for thread in threading.enumerate() if "ahead" in thread.name]
+
+
+def test_one_is_made_ahead_in_order() -> None:
+    made_, asked = [], []
+
+    def make(part: int) -> int:
+        made_.append(part)
+        return 10 * part
+
+    for value in ahead(make, range(5)):
+        asked.append(value)
+        assert len(made_) <= len(asked) + 1
+    assert asked == [0, 10, 20, 30, 40] and made_ == list(range(5))
+    assert list(ahead(make, [])) == [] and running() == []
+
+
+def test_the_next_one_is_made_while_this_one_is_used() -> None:
+    second = threading.Event()
+
+    def make(part: int) -> int:
+        if part == 1:
+            second.set()
+        return part
+
+    values = ahead(make, range(3))
+    next(values)
+    assert second.wait(10)  # nobody asked for it yet
+    values.close()  # type: ignore[attr-defined]
+
+
+def test_what_goes_wrong_in_the_thread_is_raised_where_it_belongs() -> None:
+    def make(part: int) -> int:
+        if part == 2:
+            raise OSError("the disk is gone")
+        return part
+
+    seen = []
+    with pytest.raises(OSError, match="the disk is gone"):
+        for value in ahead(make, range(5)):
+            seen.append(value)
+    assert seen == [0, 1] and running() == []
+
+
+@pytest.mark.parametrize("how", ["left", "closed", "forgotten", "whole", "an error of the loop"])
+def test_the_thread_ends_with_the_epoch(how: str) -> None:
+    loader = Loader(made(), batch_size=8, memory="map")
+    before = threading.active_count()
+    batches = loader.epoch(0, 0)
+    next(batches)
+    assert running()
+    if how == "left":
+        for _ in batches:
+            break
+        del batches
+    elif how == "closed":
+        batches.close()  # type: ignore[attr-defined]
+    elif how == "forgotten":
+        del batches
+    elif how == "whole":
+        assert len(list(batches)) == len(loader) - 1
+    else:
+        with pytest.raises(ZeroDivisionError):
+            for _ in batches:
+                _ = 1 / 0
+        del batches
+    gc.collect()
+    assert running() == [] and threading.active_count() == before
+
+
+def test_limits_of_the_process_are_counted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    resource = pytest.importorskip("resource")
+    cpu = torch.device("cpu")
+    used = 1024 * int(Path("/proc/self/status").read_text().partition("VmData:")[2].split()[0])
+    unlimited = resource.RLIM_INFINITY
+    limits = {resource.RLIMIT_AS: unlimited, resource.RLIMIT_DATA: used + (64 << 20)}
+    monkeypatch.setattr(resource, "getrlimit", lambda kind: (limits[kind], unlimited))
+    assert 32 << 20 < memory_file.free_memory(cpu) <= 64 << 20
+    limits[resource.RLIMIT_DATA] = 1
+    assert memory_file.free_memory(cpu) == 0
+
+
+def test_limits_of_the_control_group_are_counted(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    listed = Path("/proc/self/cgroup").read_text()
+    path = next(line[3:] for line in listed.splitlines() if line.startswith("0::")).strip("/")
+    monkeypatch.setattr(memory_file, "_GROUPS", tmp_path)
+    group = tmp_path / path
+    group.mkdir(parents=True, exist_ok=True)
+    (group / "memory.max").write_text("3000000\n")
+    (group / "memory.current").write_text("2900000\n")
+    (group / "memory.stat").write_text("anon 5\ninactive_file 400000\n")
+    assert memory_file.free_memory(torch.device("cpu")) == 500_000
+    (group / "memory.max").write_text("max\n")
+    assert memory_file.free_memory(torch.device("cpu")) > 1 << 26
 
 
 # --------------------------------------------------------------------------- loader

@@ -1,8 +1,9 @@
-"""Augmentation of whole batches on the device: crop, flip and cutout."""
+"""Augmentation of whole batches on the device: what is done, and crops that are a copy of memory."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, fields
 from typing import Literal
 
 import numpy as np
@@ -26,18 +27,37 @@ class Augment:
         cutout: side in pixels of a square set to the mean colour, its centre anywhere in the
             image, clipped at the border (DeVries and Taylor 2017, arXiv:1708.04552); 0: none.
         mode: what the padding shows, "reflect" or "zeros" (black, as torchvision's RandomCrop).
+        scale: least and greatest share of the image's area that a random crop keeps, which is then scaled
+            up to the image's size (Szegedy et al. 2015, arXiv:1409.4842), usually (0.08, 1) for ImageNet; it
+            takes the place of ``pad``. None: no such crop.
+        ratio: least and greatest width/height of that crop.
+        brightness: strength s; an image's values are multiplied by a factor from 1 - s to 1 + s.
+        contrast: likewise, for the distance from the image's mean grey.
+        saturation: likewise, for the distance of each pixel's colour from its grey.
+        hue: an image's hues move on by up to this part of the circle, at most 1/2.
+
+    Colours are changed in this order, each time cut off at black and white. 0 leaves one out.
 
     Raises:
-        ValueError: if ``pad`` or ``cutout`` is negative, or ``flip`` or ``mode`` is unknown.
+        ValueError: if a number is out of range, ``pad`` and ``scale`` are both given, or ``flip`` or
+            ``mode`` is unknown.
 
     >>> Augment(pad=2, flip=False)
     Augment(pad=2, flip=False, cutout=0, mode='reflect')
+    >>> Augment(pad=0, scale=(0.08, 1), brightness=0.4)
+    Augment(pad=0, flip=True, cutout=0, mode='reflect', scale=(0.08, 1), brightness=0.4)
     """
 
     pad: int = 4
     flip: bool | Literal["alternate"] = True
     cutout: int = 0
     mode: Literal["reflect", "zeros"] = "reflect"
+    scale: tuple[float, float] | None = None
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    brightness: float = 0.0
+    contrast: float = 0.0
+    saturation: float = 0.0
+    hue: float = 0.0
 
     def __post_init__(self) -> None:
         for what, value in (("pad", self.pad), ("cutout", self.cutout)):
@@ -47,11 +67,58 @@ class Augment:
             raise ValueError(f"flip is {self.flip!r}; give True, False or 'alternate'.")
         if self.mode not in ("reflect", "zeros"):
             raise ValueError(f"mode is {self.mode!r}; give 'reflect' or 'zeros'.")
+        _check_distortion(self)
+
+    def __repr__(self) -> str:
+        """The crops and flips of every data set, and of what else there is what is on."""
+        always = ("pad", "flip", "cutout", "mode")
+        shown = [
+            f"{field.name}={getattr(self, field.name)!r}"
+            for field in fields(self)
+            if field.name in always or getattr(self, field.name) != field.default
+        ]
+        return f"Augment({', '.join(shown)})"
 
     @property
     def random(self) -> bool:
         """True if an image can come out in more than one way."""
-        return bool(self.pad or self.flip or self.cutout)
+        return bool(self.pad or self.flip or self.cutout or self.distorts)
+
+    @property
+    def recolours(self) -> bool:
+        """True if colours are changed."""
+        return bool(self.brightness or self.contrast or self.saturation or self.hue)
+
+    @property
+    def distorts(self) -> bool:
+        """True if pixels get values that are not stored: a resized crop, or another colour."""
+        return self.scale is not None or self.recolours
+
+    @property
+    def copied(self) -> Augment:
+        """The part that ``Windows`` does, by copying: all but what distorts, and what goes with that."""
+        return PLAIN if self.scale is not None else self
+
+
+def _check_distortion(augment: Augment) -> None:
+    """Refuse what cannot be done, in one sentence."""
+    scale, (low, high) = augment.scale, augment.ratio
+    if scale is not None and not 0 < scale[0] <= scale[1] <= 1:
+        raise ValueError(
+            f"scale is {scale}; give two shares of the area, 0 < least <= greatest <= 1."
+        )
+    if scale is not None and augment.pad:
+        raise ValueError(
+            f"pad is {augment.pad} and scale is {scale}, but only one of them can crop; give pad=0 with scale."
+        )
+    if not 0 < low <= high < math.inf:
+        raise ValueError(f"ratio is {augment.ratio}; give two numbers, 0 < least <= greatest.")
+    for what in ("brightness", "contrast", "saturation", "hue"):
+        strength = getattr(augment, what)
+        most = 0.5 if what == "hue" else math.inf
+        if not 0 <= strength <= most or math.isinf(strength):
+            asked = "from 0 to 0.5" if what == "hue" else "of 0 or more"
+            raise ValueError(f"{what} is {strength}; give a number {asked}.")
 
 
 PLAIN = Augment(pad=0, flip=False)

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import copy
-import os
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Literal, get_args
 
 import numpy as np
@@ -14,6 +13,8 @@ from torch import Tensor
 
 from modlib.data.augment import PLAIN, Augment, Windows, cutout_mask, default_augment
 from modlib.data.dataset import Array, Dataset, take
+from modlib.data.distortion import Distortion
+from modlib.data.memory import ahead, free_memory
 from modlib.data.stratified import check_batch, lonely, stratified_batches
 
 Batch = tuple[Tensor, Tensor]
@@ -27,7 +28,8 @@ class Loader:
 
     The images are held on the device as uint8, padded for the crops, and with their mirror
     images if there are flips; each batch is then a few operations there. Where they do not fit,
-    batches are gathered from the memory map instead; the batches are the same.
+    batches are gathered from the memory map instead, one ahead of the training, in the background; the
+    batches are the same.
 
     Args:
         dataset: what to load from.
@@ -85,14 +87,15 @@ class Loader:
         self._images = images[:, None, None, :] if images.ndim == 2 else images
         self._labels = np.array(labels)  # out of the memory map: looked up in each epoch
         self.sampler = self._checked_sampler(sampler)
-        self._planar = not channels_last
+        self._planar = not channels_last or self.augment.distorts
         self._scale, self._shift = self._normalisation()
         self._windows = None
         if memory == "device" or (
             memory == "auto"
-            and Windows.bytes_needed(self._images, self.augment) <= free_memory(self.device) // 2
+            and Windows.bytes_needed(self._images, self.augment.copied)
+            <= free_memory(self.device) // 2
         ):
-            self._windows = Windows(self._images, self.augment, self.device, self._planar)
+            self._windows = Windows(self._images, self.augment.copied, self.device, self._planar)
 
     @property
     def random(self) -> bool:
@@ -177,24 +180,36 @@ class Loader:
         height, width = self._images.shape[1:3]
         centre = self._on_device(rng.integers(0, [[height], [width]], (2, n)))
         labels = self._on_device(self._labels[order])
-        held = self._windows
-        starts = held.starts(order, flip, row, column) if held else None
-        for first in range(0, len(self) * self.batch_size, self.batch_size):
-            part = slice(first, first + self.batch_size)
-            if held and starts is not None:
-                crops = held.crops(starts[part])
-            else:
-                crops = self._gathered(order[part], flip[part], row[part], column[part])
-            x = self._finish(crops)
+        distortion = None
+        if self.augment.distorts:
+            distortion = Distortion(self.augment, rng, flip, height, width, self.device)
+            if self.augment.scale is not None:  # a resized crop mirrors by itself
+                flip = np.zeros_like(flip)
+        ends = range(0, len(self) * self.batch_size, self.batch_size)
+        parts = [slice(first, first + self.batch_size) for first in ends]
+        for part, crops in zip(parts, self._crops(order, flip, row, column, parts), strict=True):
+            x = self._finish(crops, partial(distortion, part=part) if distortion else None)
             if side := self.augment.cutout:
                 mask = cutout_mask(centre[0, part], centre[1, part], side, height, width)
                 x.mul_((~mask)[:, None].float())  # normalised: 0 is the mean colour
             yield x, labels[part]
 
-    def _gathered(self, image: Array, flip: Array, row: Array, column: Array) -> Tensor:
-        """Crops of images that are not held on the device."""
-        windows = Windows(take(self._images, image), self.augment, self.device, self._planar)
-        return windows.crops(windows.starts(np.arange(len(image)), flip, row, column))
+    def _crops(
+        self, image: Array, flip: Array, row: Array, column: Array, parts: list[slice]
+    ) -> Iterator[Tensor]:
+        """Crops that are copies of memory, a part at a time."""
+        if held := self._windows:
+            starts = held.starts(image, flip, row, column)
+            yield from (held.crops(starts[part]) for part in parts)
+            return
+
+        def gathered(part: slice) -> Array:
+            return take(self._images, image[part])
+
+        for part, images in zip(parts, ahead(gathered, parts), strict=True):
+            windows = Windows(images, self.augment.copied, self.device, self._planar)
+            every = np.arange(len(images))
+            yield windows.crops(windows.starts(every, flip[part], row[part], column[part]))
 
     def _checked_sampler(self, sampler: Sampler) -> Sampler:
         if sampler not in get_args(Sampler):
@@ -211,17 +226,20 @@ class Loader:
     def _on_device(self, array: Array) -> Tensor:
         return torch.from_numpy(array).to(self.device)
 
-    def _finish(self, crops: Tensor) -> Tensor:
+    def _finish(self, crops: Tensor, distort: Callable[[Tensor], Tensor] | None = None) -> Tensor:
         """Normalised float32 in the shape and memory format that was asked for; tokens as they are."""
         if self.dataset.is_tokens:
             return crops.reshape(len(crops), -1)
         x = crops.to(torch.float32, memory_format=torch.contiguous_format)
+        if distort:
+            x = distort(x)
         # One long row an image: broadcasting over channels would be three times slower.
         rows = x.view(len(x), -1)
         torch.addcmul(self._shift, rows, self._scale, out=rows)
         if self.dataset.is_vector:
             return x.view(len(x), -1)
-        return x if self._planar else x.permute(0, 3, 1, 2)
+        x = x if self._planar else x.permute(0, 3, 1, 2)
+        return x.contiguous(memory_format=torch.channels_last) if self.channels_last else x
 
     def _normalisation(self) -> tuple[Tensor, Tensor]:
         """Scale and shift (H W C,) that take stored numbers to mean 0 and standard deviation 1."""
@@ -231,21 +249,6 @@ class Loader:
         repeat = np.repeat if self._planar else np.tile
         scale, shift = repeat(1 / (unit * std), pixels), repeat(-mean / std, pixels)
         return self._on_device(scale.astype(np.float32)), self._on_device(shift.astype(np.float32))
-
-
-def free_memory(device: torch.device) -> int:
-    """Bytes of memory that are free on a device, as far as it tells."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    if device.type == "mps":
-        return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        return next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvail"))
-    except (OSError, StopIteration):  # not Linux: take half of what is built in as free
-        if not hasattr(os, "sysconf"):
-            return 4 << 30
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
 
 
 def _whole(batch_size: object) -> int:
@@ -272,6 +275,12 @@ def _checked_augment(augment: Augment | bool, dataset: Dataset) -> Augment:
     if not isinstance(augment, Augment):
         raise TypeError(f"augment is {augment!r}; give True, False or an Augment.")
     flat = len(dataset.shape) == 1
+    if (augment.saturation or augment.hue) and not flat and dataset.shape[0] != 3:
+        what = "saturation" if augment.saturation else "hue"
+        raise ValueError(
+            f"augment changes the {what} but {dataset.name} has {dataset.shape[0]} colour channel(s), not "
+            f"red, green and blue; leave {what} at 0."
+        )
     if flat and augment.random:
         kind = "vectors" if dataset.is_vector else "tokens"
         raise ValueError(
