@@ -20,7 +20,9 @@ import modlib.cli
 import modlib.experiments
 from modlib.methods import (
     E2EBP,
+    DelayedGradients,
     DifferenceTargetPropagation,
+    FeaturesReplay,
     LocalLearning,
     Method,
     ProxyObjective,
@@ -37,6 +39,15 @@ def _cnn() -> ModularNetwork:
 def _tanh() -> ModularNetwork:
     net = modlib.networks.mlp([64, 16, 16, 10], activation=nn.Tanh, boundary="after", seed=0)
     return partition(net, 3)
+
+
+def _dropout_between() -> ModularNetwork:
+    """Dropout and batch norm in modules that wait for their errors."""
+    torch.manual_seed(0)
+    layers: list[nn.Module] = [nn.Flatten()]
+    for _ in range(2):
+        layers += [nn.Linear(64, 64), nn.BatchNorm1d(64), nn.Dropout(0.3), nn.ReLU()]
+    return partition(nn.Sequential(*layers, nn.Linear(64, 10)), ["5", "9"])
 
 
 def _dropout() -> ModularNetwork:
@@ -56,6 +67,8 @@ CASES: dict[str, tuple[Callable[[], ModularNetwork], Callable[[], Method], dict[
         {"epochs": [1, 1, 2]},
     ),
     "noise": (_tanh, DifferenceTargetPropagation, {"epochs": 2, "schedule": "constant"}),
+    "old gradients": (_dropout_between, DelayedGradients, {"epochs": 2}),
+    "old errors": (_dropout_between, FeaturesReplay, {"epochs": 2, "precision": "float16"}),
     "dropout": (_dropout, LocalLearning, {"epochs": 2}),
 }
 

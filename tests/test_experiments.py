@@ -142,7 +142,7 @@ def test_every_recipe_is_compared_on_the_same_network_and_data() -> None:
     pairs = (
         ("cifar10-proxy-supcon-32-epochs", "cifar10-e2ebp-32-epochs"),
         ("mnist-cnn-supcon", "mnist-cnn-e2ebp"),
-        ("mnist-e2ebp", "mnist-dtp"),
+        ("mnist-e2ebp", "mnist-dtp", "mnist-ddg", "mnist-fr"),
         ("mnist-norm-e2ebp", "mnist-hsic"),
     )
     apart = {recipe.name for recipe in papers.RECIPES} | {name for pair in pairs for name in pair}

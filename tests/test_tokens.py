@@ -195,6 +195,8 @@ def test_transformers_that_cannot_be_are_refused(options: dict[str, object], mes
 TRAINED: dict[str, Callable[[], Method]] = {
     "E2EBP": E2EBP,
     "AugLocal": partial(AugLocal, 2),
+    "DelayedGradients": methods.DelayedGradients,
+    "FeaturesReplay": methods.FeaturesReplay,
     "InformationPropagation": InformationPropagation,
     "KeepHeads": lambda: KeepHeads(LocalLearning()),
     "LocalLearning": LocalLearning,

@@ -12,7 +12,9 @@ from modlib.measure.audit import Audit, audit
 from modlib.methods import (
     E2EBP,
     AugLocal,
+    DelayedGradients,
     DifferenceTargetPropagation,
+    FeaturesReplay,
     InformationPropagation,
     LocalLearning,
     Method,
@@ -69,6 +71,8 @@ _CASES: dict[str, tuple[Callable[[], Method], Callable[[int], ModularNetwork]]] 
     "LocalLearning": (LocalLearning, _relu),
     "ProxyObjective": (lambda: ProxyObjective(SupCon(kernel="relu")), _relu),
     "DifferenceTargetPropagation": (DifferenceTargetPropagation, _tanh),
+    "DelayedGradients": (DelayedGradients, _relu),
+    "FeaturesReplay": (FeaturesReplay, _relu),
     "AugLocal": (AugLocal, _conv),
     "InformationPropagation": (InformationPropagation, _conv),
     "TransportRegularised": (TransportRegularised, _residual),

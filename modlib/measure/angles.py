@@ -58,7 +58,9 @@ def angles(stage: Stage, net: ModularNetwork, batch: tuple[Tensor, Tensor]) -> l
     """How far each module's next update is from the gradient that backpropagation would find.
 
     Copies take the step; the stage and the network stay as they are. An update is what a module's
-    optimiser is given or, where a stage has no optimisers, the way its weights went, turned round.
+    optimiser is given or, where a stage has no optimisers, the way its weights went, turned round. It is
+    compared with the gradient, at the present weights, of the batch that it is for (``Stage.due``): where
+    errors come late, one that the module ran on some steps ago.
 
     Args:
         stage: of a run on ``net``, at any time.
@@ -69,7 +71,8 @@ def angles(stage: Stage, net: ModularNetwork, batch: tuple[Tensor, Tensor]) -> l
         K angles in degrees, 0 to 180; None for a module that is not updated, or has no gradient.
     """
     net, stage = copy.deepcopy((net, stage))
-    truth = _gradients(net, batch)
+    due = [stage.due(k, batch) for k in range(len(net))]
+    found = {id(given[0]): _gradients(net, given) for given in due}
     before = {p: p.detach().clone() for p in net.parameters()}
     held = [_Held(optimizer) for optimizer in stage.optimizers]
     stage.optimizers = cast(list[Optimizer], held)
@@ -77,7 +80,10 @@ def angles(stage: Stage, net: ModularNetwork, batch: tuple[Tensor, Tensor]) -> l
     stage.step(*batch)
     given = {p: gradient for optimizer in held for p, gradient in optimizer.given.items()}
     updates = given or {p: old - p.detach() for p, old in before.items()}
-    return [_angle(list(module.parameters()), updates, truth) for module in net]
+    return [
+        _angle(list(module.parameters()), updates, found[id(x)])
+        for module, (x, _) in zip(net, due, strict=True)
+    ]
 
 
 class _Held:

@@ -49,7 +49,8 @@ class StageAudit:
             Only the longest ways are listed, so two ways that overlap are two errors.
         delays: for each module, how many steps ago the weights of later modules were those on which its
             update depends: 0 for this step's; None where it depends on none.
-        kept_bytes: what the stage keeps from one step to the next, beside weights and optimisers' state.
+        kept_bytes: what the stage keeps from one step to the next, beside weights and optimisers' state,
+            and beside what autograd holds, which ``saved_bytes`` has counted.
         labels: for each module, what its update depends on: "classes", "pairs" (same or different),
             "none", or "-" when it is not updated.
     """
@@ -121,7 +122,7 @@ class Audit:
 
     @property
     def isolated(self) -> bool:
-        """Does no gradient go from one module into another?"""
+        """Does no gradient go from one module into another in one step? (``later`` tells of older ones.)"""
         return not any(stage.crossed for stage in self.stages)
 
     @property
@@ -259,17 +260,15 @@ def _audit_stage(
     method: Method, net: ModularNetwork, batch: tuple[Tensor, Tensor], seed: int, number: int
 ) -> StageAudit:
     watched, stage, inputs = _begin(method, net, batch, seed, number)
-    first = (
-        stage.delay + 1
-    )  # steps until each module has been updated once: a first one may start from zeros
-    with SavedBytes(
-        _owned(watched, stage)
-    ) as memory:  # from the start: a graph may outlive its step
+    # Steps until each module has been updated once: a first one may start from zeros.
+    first = stage.delay + 1
+    # Both from the start: a graph may outlive its step.
+    with SavedBytes(_owned(watched, stage)) as memory, _Watch(watched, stage) as watch:
         for _ in range(first):
             _step(stage, inputs, seed)
         before = _parameters(watched)
-        with _Watch(watched, stage) as watch:
-            _step(stage, inputs, seed)
+        watch.begin()
+        _step(stage, inputs, seed)
     after = _parameters(watched)
     updated = tuple(k for k in range(len(net)) if not _equal(before[k], after[k]))
 
@@ -306,7 +305,7 @@ def _audit_stage(
         watch.ways(),
         tuple(delay(k) if k in updated and k < last else None for k in range(len(net))),
         _labels(again, inputs[1], before, after),
-        sum(tensor.nbytes for tensor in stage.kept()),
+        sum(tensor.nbytes for tensor in stage.kept() if not memory.holds(tensor)),
     )
 
 
@@ -344,8 +343,9 @@ def _change(net: ModularNetwork, start: int) -> None:
 
 def _step(stage: Stage, batch: tuple[Tensor, Tensor], seed: int) -> None:
     stage.train()
-    with _seeded(seed + 1, batch[0].device):
-        stage.step(*batch)
+    x, y = batch
+    with _seeded(seed + 1, x.device):
+        stage.step(x.clone(), y)  # a batch of its own, which may be held for some steps
 
 
 @contextmanager
@@ -455,8 +455,17 @@ class _Watch:
         self.backward_bytes = [0] * len(net)
         self._owned = {id(p) for p in net.parameters()}
         self._entries: list[_Entry] = []
+        self._kept: set[int] = set()  # addresses of what the stage has kept from earlier steps
         self._passes: dict[int, int] = {}  # autograd's name of a backward pass -> its number
         self._stack = ExitStack()
+
+    def begin(self) -> None:
+        """The step to report comes now: forget what was seen, but keep an eye on old graphs."""
+        self.events.clear()
+        self._entries.clear()
+        self._passes.clear()
+        self.forward_bytes, self.backward_bytes = ([0] * len(self.net) for _ in range(2))
+        self._kept = {tensor.data_ptr() for tensor in self.stage.kept()}
 
     def __enter__(self) -> _Watch:
         for k, module in enumerate(self.net):
@@ -516,7 +525,7 @@ class _Watch:
     def _forward(self, k: int) -> Callable[[nn.Module, Any, Tensor], None]:
         def hook(module: nn.Module, args: Any, out: Tensor) -> None:
             self._note("forward", k, len(self._passes) - 1)
-            if k > 0:
+            if k > 0 and args[0].data_ptr() not in self._kept:  # else it crossed in an earlier step
                 self.forward_bytes[k - 1] += args[0].nbytes
 
         return hook

@@ -50,8 +50,9 @@ def costs(
         network = _flops(lambda: net(x))
     stages = method.stages(net, x)
     whole = E2EBP().stages(copy.deepcopy(net), x)
-    for stage in [*stages, *whole]:  # first steps make buffers
-        _step(stage, x, y)
+    for stage in [*stages, *whole]:  # first steps make buffers, and wait for errors that come late
+        for _ in range(stage.delay + 1):
+            _step(stage, x, y)
     step = sum(_flops(lambda stage=stage: _step(stage, x, y)) for stage in stages)  # type: ignore[misc]
     ratios = [_seconds(stages, x, y) / _seconds(whole, x, y) for _ in range(repeats)]
     return {

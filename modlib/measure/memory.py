@@ -59,6 +59,10 @@ class SavedBytes:
         # detach(): an operation's own output would otherwise hold the graph that holds it
         return _Held(tensor.detach(), self)
 
+    def holds(self, tensor: Tensor) -> bool:
+        """Does autograd hold this tensor's storage now?"""
+        return self._holders[tensor.untyped_storage().data_ptr()] > 0
+
     def take(self, tensor: Tensor) -> None:
         """Note that one more saved tensor uses this storage."""
         storage = tensor.untyped_storage()

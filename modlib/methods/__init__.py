@@ -1,6 +1,7 @@
 """How a WHOLE network is trained. A method turns a network into stages; each stage can take a step."""
 
 from modlib.methods.auglocal import AugLocal
+from modlib.methods.delayed_gradients import DelayedGradients, FeaturesReplay
 from modlib.methods.e2ebp import E2EBP
 from modlib.methods.ensemble import Ensemble, KeepHeads
 from modlib.methods.greedy import cascade, decoupled_greedy, layerwise_greedy
@@ -20,8 +21,10 @@ from modlib.methods.transport import TransportRegularised, transport
 __all__ = [
     "E2EBP",
     "AugLocal",
+    "DelayedGradients",
     "DifferenceTargetPropagation",
     "Ensemble",
+    "FeaturesReplay",
     "InformationPropagation",
     "KeepHeads",
     "LocalLearning",

@@ -11,8 +11,7 @@ Category measured by the audit: end-to-end.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,7 +19,7 @@ from torch import Tensor, nn
 
 from modlib.methods.method import Method, Optimizers, Stage, checked
 from modlib.network import ModularNetwork
-from modlib.networks.seeding import buffers_kept, forked
+from modlib.networks.seeding import again, random_state
 from modlib.objectives import CrossEntropy, Objective
 
 
@@ -88,7 +87,7 @@ class _Recompute(torch.autograd.Function):
         ctx.save_for_backward(h)
         ctx.autocast = torch.is_autocast_enabled(h.device.type)
         ctx.dtype = torch.get_autocast_dtype(h.device.type)
-        ctx.random = _random_state(h.device)
+        ctx.random = random_state(h.device)
         return run(h)
 
     @staticmethod
@@ -97,23 +96,8 @@ class _Recompute(torch.autograd.Function):
         h = ctx.saved_tensors[0].detach().requires_grad_(needed[0])
         autocast = torch.autocast(h.device.type, ctx.dtype, ctx.autocast)
         inputs = [t for t, wanted in zip((h, *ctx.parameters), needed, strict=True) if wanted]
-        with torch.enable_grad(), _again(ctx.module, ctx.random, h.device):
+        with torch.enable_grad(), again(ctx.module, ctx.random, h.device):
             with autocast:
                 out = ctx.run(h)
             gradients = iter(torch.autograd.grad(out, inputs, gradient))
         return None, None, *(next(gradients) if wanted else None for wanted in needed)
-
-
-@contextmanager
-def _again(module: nn.Module, state: list[Tensor], device: torch.device) -> Iterator[None]:
-    """The same random numbers as the first time; running statistics are not updated twice."""
-    with forked(device), buffers_kept(module):
-        torch.set_rng_state(state[0])
-        if device.type == "cuda":
-            torch.cuda.set_rng_state(state[1], device)
-        yield
-
-
-def _random_state(device: torch.device) -> list[Tensor]:
-    on_device = [torch.cuda.get_rng_state(device)] if device.type == "cuda" else []
-    return [torch.get_rng_state(), *on_device]

@@ -196,10 +196,19 @@ class Stage:
         """What must stay finite: what it is, of which module (None: of none), and its numbers."""
         for module in self.modules:
             yield "weights", module, module.parameters()
-        for module, objective in zip(self.modules, self.objectives, strict=False):
+        # where there is one objective for many modules, it is the last one's
+        owners = self.modules[-len(self.objectives) :]
+        for module, objective in zip(owners, self.objectives, strict=False):
             yield "auxiliary network", module, objective.parameters()
         for network in self.auxiliary:
             yield "an auxiliary network", None, network.parameters()
+
+    def due(self, module: int, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """The batch by which the next step updates a module (its number), if it is given this one.
+
+        An older one where errors come late; what is measured of an update is measured on it.
+        """
+        return batch
 
     def kept(self) -> Iterable[Tensor]:
         """What is kept from one step to the next, beside weights and the optimisers' own state."""

@@ -243,9 +243,9 @@ class _Run:
 
     def _diverged(self, stage: Stage, losses: Tensor | None) -> str:
         """Which number of which module became infinite or NaN; "" if none did."""
-        for module, loss in zip(
-            stage.modules, [] if losses is None else losses.tolist(), strict=False
-        ):
+        values = [] if losses is None else losses.tolist()
+        # fewer values than modules are those of the last ones
+        for module, loss in zip(stage.modules[-len(values) :], values, strict=False):
             if not math.isfinite(loss):
                 return f"{self._name(module)}'s {stage.value} became {loss}"
         for what, owner, numbers in stage.watched():

@@ -108,6 +108,9 @@ class _Prompter:
     def update(self) -> None:
         pass
 
+    def get_scale(self) -> float:
+        return 1.0
+
 
 @contextmanager
 def _unmoved(net: nn.Module, stage: Stage) -> Iterator[None]:

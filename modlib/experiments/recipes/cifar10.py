@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from modlib import methods, objectives
-from modlib.experiments.recipes.recipe import Recipe, cifar10_for, trunk
+from modlib.experiments.recipes.recipe import Recipe, cifar10_for, trunk, watch_angles
 from modlib.methods import E2EBP, Method, ProxyObjective, sgd
 from modlib.methods.method import MakeOptimizer
 from modlib.objectives import Objective
@@ -74,7 +74,13 @@ ADAM = {"pred", "sim", "predsim", "predsim-in-turn"}  # as published; all others
 
 # First layers of the later modules, by number of modules.
 _LAYERS = ("conv2", "conv3", "conv4", "conv5", "conv6", "features")
-_CUTS = {2: ("conv3",), 3: ("conv3", "conv5"), 6: _LAYERS[:-1], 7: _LAYERS}
+_CUTS = {
+    2: ("conv3",),
+    3: ("conv3", "conv5"),
+    4: ("conv2", "conv3", "conv5"),
+    6: _LAYERS[:-1],
+    7: _LAYERS,
+}
 
 
 def _locally(key: str, modules: int, lr: float, boundary: str = "after") -> Recipe:
@@ -96,6 +102,25 @@ def _recomputing(modules: int, lr: float) -> Recipe:
     method = partial(E2EBP, optimizer=sgd(lr), recompute=True)
     build = partial(trunk, boundary="after")
     return Recipe(name, _CUTS[modules], method, {"lr": lr, "boundary": "after"}, build=build)
+
+
+# Delayed and replayed gradients, and the numbers of modules with which they are measured.
+_DELAYED: dict[str, tuple[type[methods.DelayedGradients], tuple[int, ...]]] = {
+    "fr": (methods.FeaturesReplay, (2, 3, 4)),
+    "ddg": (methods.DelayedGradients, (3,)),
+}
+
+
+def _late(key: str, modules: int, lr: float) -> Recipe:
+    """Errors that come down one module a step; how far updates point from the gradient is measured."""
+    return Recipe(
+        f"cifar10-{key}-k{modules}",
+        _CUTS[modules],
+        partial(_DELAYED[key][0], optimizer=sgd(lr)),
+        {"lr": lr, "boundary": "after"},
+        build=partial(trunk, boundary="after"),
+        watch=watch_angles,
+    )
 
 
 # Those of which the other side of the ReLU is measured as well.
@@ -143,6 +168,11 @@ TUNED: dict[str, Callable[[float], Recipe]] = {
         f"cifar10-proxy3-{key}": partial(_trunk_cut, key) for key in ("centred-alignment", "supcon")
     },
     **{f"cifar10-{key}-k3": partial(_locally, key, 3) for key in (*LOCAL, *OTHER_ORDER)},
+    **{
+        f"cifar10-{key}-k{modules}": partial(_late, key, modules)
+        for key, (_, numbers) in _DELAYED.items()
+        for modules in numbers
+    },
     **{f"cifar10-{key}-before-k3": partial(_locally, key, 3, boundary="before") for key in BEFORE},
 }
 
@@ -191,6 +221,10 @@ RATES: dict[str, float] = {
     "cifar10-mono-forward-before-k3": 0.03,
     "cifar10-random-before-k3": 1.0,
     "cifar10-auglocal-before-k3": 1.0,
+    "cifar10-fr-k2": 0.3,
+    "cifar10-fr-k3": 0.1,
+    "cifar10-fr-k4": 0.3,
+    "cifar10-ddg-k3": 0.3,
 }
 
 RECIPES: list[Recipe] = [

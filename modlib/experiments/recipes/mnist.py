@@ -1,8 +1,9 @@
-"""MNIST: the CIFAR-10 network on digits, the HSIC bottleneck, and target propagation."""
+"""MNIST: the CIFAR-10 network on digits, the HSIC bottleneck, target propagation, and errors that come late."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -16,6 +17,7 @@ from modlib.experiments.recipes.recipe import (
     Recipe,
     norm_mlp,
     tanh_mlp,
+    watch_angles,
 )
 from modlib.methods import E2EBP, DifferenceTargetPropagation, Method, sgd
 from modlib.objectives import SupCon
@@ -24,6 +26,12 @@ from modlib.objectives import SupCon
 def _mnist(name: str, method: Callable[[], Method]) -> Recipe:
     """A tanh network cut after every layer, trained by RMSprop as Lee et al. 2015 did."""
     return Recipe(name, 0, method, {"lr": 1e-3}, MNIST, tanh_mlp)
+
+
+def _late(name: str, method: type[methods.DelayedGradients]) -> Recipe:
+    """The same, by errors that come down one layer a step."""
+    make = partial(method, optimizer=partial(torch.optim.RMSprop, lr=1e-3))
+    return replace(_mnist(name, make), watch=watch_angles)
 
 
 def _mnist_norm(name: str, lr: float, method: Callable[[], Method]) -> Recipe:
@@ -43,4 +51,6 @@ RECIPES: list[Recipe] = [
     _mnist_norm("mnist-norm-e2ebp", 0.1, partial(E2EBP, optimizer=sgd(0.1))),
     _mnist("mnist-dtp", DifferenceTargetPropagation),
     _mnist("mnist-e2ebp", partial(E2EBP, optimizer=partial(torch.optim.RMSprop, lr=1e-3))),
+    _late("mnist-ddg", methods.DelayedGradients),
+    _late("mnist-fr", methods.FeaturesReplay),
 ]
