@@ -26,6 +26,7 @@ from modlib.methods import (
     LocalLearning,
     Method,
     ProxyObjective,
+    l_drl,
 )
 from modlib.network import ModularNetwork, partition
 from modlib.objectives import SupCon
@@ -69,6 +70,7 @@ CASES: dict[str, tuple[Callable[[], ModularNetwork], Callable[[], Method], dict[
     "noise": (_tanh, DifferenceTargetPropagation, {"epochs": 2, "schedule": "constant"}),
     "old gradients": (_dropout_between, DelayedGradients, {"epochs": 2}),
     "old errors": (_dropout_between, FeaturesReplay, {"epochs": 2, "precision": "float16"}),
+    "learned inverses": (_cnn, lambda: l_drl(from_output=False, inverse_steps=2), {"epochs": 2}),
     "dropout": (_dropout, LocalLearning, {"epochs": 2}),
 }
 

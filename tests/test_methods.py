@@ -538,9 +538,12 @@ def test_target_propagation_needs_three_modules(modules: int, batch: tuple[Tenso
         DifferenceTargetPropagation().stages(tanh_net(modules), batch[0])
 
 
-def test_target_propagation_needs_vectors(batch: tuple[Tensor, Tensor]) -> None:
-    with pytest.raises(ValueError, match="outputs are vectors, but the hidden modules"):
-        DifferenceTargetPropagation().stages(conv_net(), batch[0])
+def test_target_propagation_needs_vectors_or_maps(batch: tuple[Tensor, Tensor]) -> None:
+    tokens = networks.vit(8, 2, 10, heads=2, channels=1, size=8, seed=0)
+    with pytest.raises(
+        ValueError, match=r"vectors \(d,\) or maps \(C, H, W\), but they have shapes"
+    ):
+        DifferenceTargetPropagation().stages(partition(tokens, 3), batch[0])
 
 
 def test_a_module_needs_something_to_train(batch: tuple[Tensor, Tensor]) -> None:

@@ -217,6 +217,17 @@ REFUSED: dict[str, tuple[Callable[[], Method], str]] = {
         methods.DifferenceTargetPropagation,
         r"needs at least three modules whose outputs are vectors.*\(16, 16\)",
     ),
+    "TargetPropagation": (
+        methods.TargetPropagation,
+        r"needs at least three modules whose outputs are vectors.*\(16, 16\)",
+    ),
+    **{
+        name: (
+            getattr(methods, name),
+            r"needs at least two modules whose outputs are vectors.*\(16, 16\)",
+        )
+        for name in ("ddtp", "dtp_drl", "l_drl")
+    },
     "greedy_infomax": (
         methods.greedy_infomax,
         r"needs outputs \(C,\) .* of every patch.*\(16, 16\)",

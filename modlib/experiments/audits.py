@@ -19,6 +19,7 @@ from modlib.methods import (
     LocalLearning,
     Method,
     ProxyObjective,
+    TargetPropagation,
     TransportRegularised,
 )
 from modlib.network import ModularNetwork, partition
@@ -73,6 +74,7 @@ _CASES: dict[str, tuple[Callable[[], Method], Callable[[int], ModularNetwork]]] 
     "DifferenceTargetPropagation": (DifferenceTargetPropagation, _tanh),
     "DelayedGradients": (DelayedGradients, _relu),
     "FeaturesReplay": (FeaturesReplay, _relu),
+    "TargetPropagation": (TargetPropagation, _tanh),
     "AugLocal": (AugLocal, _conv),
     "InformationPropagation": (InformationPropagation, _conv),
     "TransportRegularised": (TransportRegularised, _residual),

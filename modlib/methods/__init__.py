@@ -15,7 +15,13 @@ from modlib.methods.mono_forward import mono_forward
 from modlib.methods.only import Only
 from modlib.methods.proxy import ProxyObjective
 from modlib.methods.random_classifiers import random_classifiers
-from modlib.methods.target_propagation import DifferenceTargetPropagation
+from modlib.methods.target_propagation import (
+    DifferenceTargetPropagation,
+    TargetPropagation,
+    ddtp,
+    dtp_drl,
+    l_drl,
+)
 from modlib.methods.transport import TransportRegularised, transport
 
 __all__ = [
@@ -32,12 +38,16 @@ __all__ = [
     "Only",
     "ProxyObjective",
     "Stage",
+    "TargetPropagation",
     "TransportRegularised",
     "cascade",
+    "ddtp",
     "decoupled_greedy",
+    "dtp_drl",
     "greedy_infomax",
     "hsic_bottleneck",
     "infopro",
+    "l_drl",
     "layerwise_greedy",
     "local_error_signals",
     "mono_forward",

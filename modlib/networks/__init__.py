@@ -11,9 +11,15 @@ Each is a chain of layers, to be cut by ``modlib.partition``::
     whitened_cnn  of the fast CIFAR-10 recipes, whose first convolution whitens
 
 Their layers, for networks of your own: ``ResidualUnit``, ``VGGUnit``, ``Patches``, ``JoinPatches``.
+What sends targets back through a module: ``learned_inverse`` (behind ``ELUSlope`` or ``TanhSlope``),
+``ExactInverse``.
 """
 
 from modlib.networks.cnn import cnn as cnn
+from modlib.networks.inverses import ELUSlope as ELUSlope
+from modlib.networks.inverses import ExactInverse as ExactInverse
+from modlib.networks.inverses import TanhSlope as TanhSlope
+from modlib.networks.inverses import learned_inverse as learned_inverse
 from modlib.networks.mlp import mlp as mlp
 from modlib.networks.patches import JoinPatches as JoinPatches
 from modlib.networks.patches import Patches as Patches

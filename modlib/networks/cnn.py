@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
@@ -15,7 +15,7 @@ from modlib.networks.sizes import check_list, check_whole
 
 
 class ConvUnit(nn.Sequential):
-    """[ReLU →] 3×3 convolution → batch norm [→ ReLU]: kept whole when a network is cut."""
+    """[activation →] 3×3 convolution → batch norm [→ activation]: kept whole when a network is cut."""
 
     def __init__(
         self,
@@ -24,10 +24,11 @@ class ConvUnit(nn.Sequential):
         stride: int,
         first: bool,
         boundary: str = "before",
+        activation: Callable[[], nn.Module] = nn.ReLU,
     ) -> None:
         convolution = nn.Conv2d(channels_in, channels, 3, stride, padding=1, bias=False)
-        start = [] if first or boundary == "after" else [nn.ReLU()]
-        end = [nn.ReLU()] if boundary == "after" else []
+        start = [] if first or boundary == "after" else [activation()]
+        end = [activation()] if boundary == "after" else []
         super().__init__(*start, convolution, nn.BatchNorm2d(channels), *end)
 
 
@@ -40,6 +41,7 @@ def cnn(
     stride: int = 2,
     boundary: str = "before",
     kernel: str = "relu-pool",
+    activation: Callable[[], nn.Module] = nn.ReLU,
     seed: int | None = None,
 ) -> nn.Sequential:
     """Blocks of two 3×3 convolutions with batch norm, a feature map of unit norm, a linear layer.
@@ -55,9 +57,10 @@ def cnn(
         size: side H = W of the images, in pixels.
         stride: of the first convolution; 2 makes everything after it four times cheaper.
         boundary: "before" lets each convolution begin with the ReLU of the one before it; "after"
-            lets it end with its own. With a kernel whose first step is a ReLU ("relu-pool") both are
+            lets it end with its own. With ReLU and a kernel whose first step is a ReLU ("relu-pool") both are
             the same function of the image, cut in other places.
         kernel: of the feature map in front of the linear layer.
+        activation: makes the nonlinearity; target propagation wants a smooth one, such as ``nn.ELU``.
         seed: of the initial weights; None takes PyTorch's global state.
 
     Returns:
@@ -76,11 +79,11 @@ def cnn(
     check_whole(classes=classes, channels=channels, size=size, stride=stride)
     with seeded(seed):
         layers: OrderedDict[str, nn.Module] = OrderedDict()
-        before = channels
+        before, sides = channels, (boundary, activation)
         for block, width in enumerate(widths):
             step = 2 if block else stride
-            layers[f"conv{2 * block + 1}"] = ConvUnit(before, width, step, block == 0, boundary)
-            layers[f"conv{2 * block + 2}"] = ConvUnit(width, width, 1, False, boundary)
+            layers[f"conv{2 * block + 1}"] = ConvUnit(before, width, step, block == 0, *sides)
+            layers[f"conv{2 * block + 2}"] = ConvUnit(width, width, 1, False, *sides)
             before = width
         return with_head(layers, kernel, classes, (channels, size, size))
 
