@@ -26,6 +26,7 @@ from modlib.methods import (
     LocalLearning,
     Method,
     ProxyObjective,
+    SyntheticGradients,
     l_drl,
 )
 from modlib.network import ModularNetwork, partition
@@ -71,6 +72,7 @@ CASES: dict[str, tuple[Callable[[], ModularNetwork], Callable[[], Method], dict[
     "old gradients": (_dropout_between, DelayedGradients, {"epochs": 2}),
     "old errors": (_dropout_between, FeaturesReplay, {"epochs": 2, "precision": "float16"}),
     "learned inverses": (_cnn, lambda: l_drl(from_output=False, inverse_steps=2), {"epochs": 2}),
+    "synthetic": (_tanh, lambda: SyntheticGradients(synthetic_inputs=True), {"epochs": 2}),
     "dropout": (_dropout, LocalLearning, {"epochs": 2}),
 }
 

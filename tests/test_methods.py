@@ -27,12 +27,15 @@ from modlib.methods import (
     Method,
     ProxyObjective,
     Stage,
+    SyntheticGradients,
     local,
     method,
     sgd,
+    synthetic_gradients,
     target_propagation,
 )
 from modlib.methods.cache import CachedFeatures, CachingStage
+from modlib.methods.synthetic_gradients import SyntheticStage
 from modlib.methods.target_propagation import TargetStage
 from modlib.network import ModularNetwork, partition
 from modlib.objectives import AuxiliaryClassifier, CrossEntropy, Objective, SupCon
@@ -61,6 +64,7 @@ METHODS: dict[str, tuple[Callable[[], Method], Callable[[], ModularNetwork]]] = 
     "LocalLearning in turn": (lambda: LocalLearning(in_turn=True), conv_net),
     "ProxyObjective": (lambda: ProxyObjective(SupCon(kernel="relu")), conv_net),
     "DifferenceTargetPropagation": (DifferenceTargetPropagation, tanh_net),
+    "SyntheticGradients": (SyntheticGradients, conv_net),
 }
 ISOLATED = [name for name in METHODS if name != "E2EBP"]
 STRICTLY_MODULAR = ["LocalLearning in turn", "ProxyObjective"]
@@ -248,6 +252,7 @@ def reached(
 
     monkeypatch.setattr(method, "update", update)
     monkeypatch.setattr(target_propagation, "update", update)
+    monkeypatch.setattr(synthetic_gradients, "update", update)
     yield seen, watched
 
 
@@ -304,6 +309,15 @@ def outputs_with_graph(self: TargetStage, x: Tensor) -> list[Tensor]:
     return outputs
 
 
+def input_with_graph(
+    self: SyntheticStage, k: int, x: Tensor, h: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    """SyntheticStage._input without its detach."""
+    if k:
+        h.retain_grad()
+    return h, None
+
+
 @pytest.mark.parametrize("name", ISOLATED)
 def test_the_audit_notices_a_removed_boundary(
     name: str, batch: tuple[Tensor, Tensor], monkeypatch: pytest.MonkeyPatch
@@ -316,6 +330,11 @@ def test_the_audit_notices_a_removed_boundary(
         monkeypatch.setattr(target_propagation, "_distance", lambda a, b: a.square().sum())
         monkeypatch.setattr(
             target_propagation, "update", lambda loss, *rest: loss.backward(retain_graph=True)
+        )
+    elif name == "SyntheticGradients":
+        monkeypatch.setattr(SyntheticStage, "_input", input_with_graph)
+        monkeypatch.setattr(
+            synthetic_gradients, "update", lambda loss, *rest: loss.backward(retain_graph=True)
         )
     else:
         monkeypatch.setattr(Stage, "step", without_boundary)

@@ -16,8 +16,7 @@ from modlib.experiments import run, transfer
 from modlib.experiments.certify import certify
 from modlib.experiments.few_labels import few_labels
 from modlib.experiments.kept import kept
-from modlib.experiments.recipes import RECIPES
-from modlib.experiments.recipes.cifar10 import RATES, TUNED
+from modlib.experiments.recipes import RATES, RECIPES, TUNED
 from modlib.experiments.shelve import shelve
 from modlib.experiments.tune import FLAT, FLAT_START, LADDER, rates, search
 

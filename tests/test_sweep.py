@@ -175,6 +175,20 @@ CASES: dict[str, tuple[Callable[[], Method], Net]] = {
     "ddtp of convolutions": (methods.ddtp, conv),
     "ddtp": (methods.ddtp, tanh),
     "l_drl": (lambda: methods.l_drl(from_output=False), partial(conv, boundary="after")),
+    "SyntheticGradients": (methods.SyntheticGradients, conv),
+    "SyntheticGradients of a perceptron": (
+        lambda: methods.SyntheticGradients("linear", conditioned=False, synthetic_inputs=True),
+        perceptron,
+    ),
+    "SyntheticGradients, inputs too": (
+        lambda: methods.SyntheticGradients(width=4, synthetic_inputs=True),
+        conv,
+    ),
+    "SyntheticGradients, exact": (
+        lambda: methods.SyntheticGradients(methods.ExactGradient),
+        conv,
+    ),
+    "SyntheticGradients of tokens": (methods.SyntheticGradients, tokens),
     "InformationPropagation": (methods.InformationPropagation, conv),
     "TransportRegularised": (methods.TransportRegularised, residual),
     "Bottleneck": (lambda: methods.hsic_bottleneck(in_turn=True), conv),

@@ -19,6 +19,7 @@ from modlib.methods import (
     LocalLearning,
     Method,
     ProxyObjective,
+    SyntheticGradients,
     TargetPropagation,
     TransportRegularised,
 )
@@ -75,6 +76,7 @@ _CASES: dict[str, tuple[Callable[[], Method], Callable[[int], ModularNetwork]]] 
     "DelayedGradients": (DelayedGradients, _relu),
     "FeaturesReplay": (FeaturesReplay, _relu),
     "TargetPropagation": (TargetPropagation, _tanh),
+    "SyntheticGradients": (SyntheticGradients, _relu),
     "AugLocal": (AugLocal, _conv),
     "InformationPropagation": (InformationPropagation, _conv),
     "TransportRegularised": (TransportRegularised, _residual),

@@ -19,8 +19,8 @@ import torch
 
 from modlib import data as datasets
 from modlib.data import Dataset
-from modlib.experiments.recipes.cifar10 import ADAM, TUNED
-from modlib.experiments.recipes.recipe import CIFAR10, Recipe
+from modlib.experiments.recipes import TUNED, Recipe
+from modlib.experiments.recipes.cifar10 import ADAM
 from modlib.experiments.run import write
 from modlib.training import fit
 
@@ -53,7 +53,7 @@ def held_out(data: Dataset, n_train: int, n_test: int) -> Dataset:
 
 def tune(recipe: Recipe, data: Dataset, epochs: int) -> float:
     """Validation accuracy (0..1) of one short run; 0 if it diverges."""
-    profile = dataclasses.replace(CIFAR10["cpu"], epochs=epochs, output_epochs=epochs)
+    profile = dataclasses.replace(recipe.profiles["cpu"], epochs=epochs, output_epochs=epochs)
     x = torch.zeros(profile.batch_size, *data.shape)
     net = recipe.network(profile, data, seed=0, x=x)
     try:
@@ -62,7 +62,8 @@ def tune(recipe: Recipe, data: Dataset, epochs: int) -> float:
             recipe.method(),
             data,
             epochs=recipe.epochs(profile, len(net)),
-            channels_last=True,
+            batch_size=profile.batch_size,
+            channels_last=profile.channels_last,
             progress=False,
         )
     except FloatingPointError:
@@ -88,7 +89,10 @@ def search(
 
 def rates(name: str) -> tuple[Sequence[float], Sequence[float]]:
     """The ladder of a recipe, and the rates that its search starts with."""
-    if name.removeprefix("cifar10-").removesuffix("-k3").removesuffix("-before") in ADAM:
+    if (
+        name.startswith("mnist-")
+        or name.removeprefix("cifar10-").removesuffix("-k3").removesuffix("-before") in ADAM
+    ):
         return ADAM_LADDER, ADAM_START
     return LADDER, FLAT_START if name in FLAT else START
 
@@ -115,7 +119,6 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=4)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    data = held_out(datasets.load("cifar10"), options.n_train, options.n_test)
     out = Path(options.out)
     table = json.loads(out.read_text()) if out.exists() else {}
     table["settings"] = {
@@ -125,6 +128,8 @@ def main() -> None:
         "standard_error": round(standard_error(0.5, options.n_test), 4),  # at most
     }
     for name in options.names or TUNED:
+        whole = datasets.load(name.split("-")[0])
+        data = held_out(whole, options.n_train, options.n_test)
         tried = search(partial(_accuracy, TUNED[name], data, options.epochs), *rates(name))
         table[name] = {str(lr): tried[lr] for lr in sorted(tried)}
         print(name, table[name], flush=True)

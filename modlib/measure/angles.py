@@ -4,6 +4,8 @@ r"""The angle between a method's update and the gradient of the task's loss, mod
           \langle u_k, \nabla_{\theta_k} L \rangle / (\lVert u_k \rVert \lVert \nabla_{\theta_k} L \rVert)
 
 Below 90° a small enough step along the update lowers the loss that end-to-end backpropagation minimises.
+An update's relative error, :math:`\lVert u_k - \nabla_{\theta_k} L \rVert / \lVert \nabla_{\theta_k} L \rVert`,
+also says whether it has the right length.
 """
 
 from __future__ import annotations
@@ -70,6 +72,30 @@ def angles(stage: Stage, net: ModularNetwork, batch: tuple[Tensor, Tensor]) -> l
     Returns:
         K angles in degrees, 0 to 180; None for a module that is not updated, or has no gradient.
     """
+    return [_angle(*pair) if pair else None for pair in _pairs(stage, net, batch)]
+
+
+def errors(stage: Stage, net: ModularNetwork, batch: tuple[Tensor, Tensor]) -> list[float | None]:
+    """Each module's next update less the gradient, as a share of the gradient's length.
+
+    As ``angles`` in everything else. 0 is the gradient itself; 1 is no better than no update.
+
+    >>> import modlib
+    >>> net = modlib.partition(modlib.networks.mlp([64, 32, 10]), modules=2)
+    >>> batch = modlib.data.Loader(modlib.data.load("digits")).sample(64)
+    >>> stage, = modlib.methods.LocalLearning().stages(net, batch[0])
+    >>> first, last = errors(stage, net, batch)
+    >>> first > 0.1, last < 1e-5
+    (True, True)
+    """
+    pairs = _pairs(stage, net, batch)
+    return [float((pair[0] - pair[1]).norm() / pair[1].norm()) if pair else None for pair in pairs]
+
+
+def _pairs(
+    stage: Stage, net: ModularNetwork, batch: tuple[Tensor, Tensor]
+) -> list[tuple[Tensor, Tensor] | None]:
+    """Each module's next update and the gradient, as vectors; None where one of them is missing or 0."""
     net, stage = copy.deepcopy((net, stage))
     due = [stage.due(k, batch) for k in range(len(net))]
     found = {id(given[0]): _gradients(net, given) for given in due}
@@ -81,7 +107,7 @@ def angles(stage: Stage, net: ModularNetwork, batch: tuple[Tensor, Tensor]) -> l
     given = {p: gradient for optimizer in held for p, gradient in optimizer.given.items()}
     updates = given or {p: old - p.detach() for p, old in before.items()}
     return [
-        _angle(list(module.parameters()), updates, found[id(x)])
+        _pair(list(module.parameters()), updates, found[id(x)])
         for module, (x, _) in zip(net, due, strict=True)
     ]
 
@@ -115,16 +141,18 @@ def _gradients(net: ModularNetwork, batch: tuple[Tensor, Tensor]) -> dict[Tensor
     return {p: g for p, g in zip(parameters, gradients, strict=True) if g is not None}
 
 
-def _angle(
+def _pair(
     parameters: Sequence[Tensor], updates: dict[Tensor, Tensor], truth: dict[Tensor, Tensor]
-) -> float | None:
+) -> tuple[Tensor, Tensor] | None:
     shared = [p for p in parameters if p in updates and p in truth]
     if not shared:
         return None
     u = torch.cat([updates[p].flatten() for p in shared]).double()
     g = torch.cat([truth[p].flatten() for p in shared]).double()
-    if not (u.any() and g.any()):
-        return None
+    return (u, g) if u.any() and g.any() else None
+
+
+def _angle(u: Tensor, g: Tensor) -> float:
     # of unit vectors, by their difference and sum: exact also for small angles, where a cosine is not
     u, g = u / u.norm(), g / g.norm()
     return math.degrees(2 * math.atan2(float((u - g).norm()), float((u + g).norm())))

@@ -3,8 +3,8 @@
 The audit copies the network and the method's stages, runs real steps on a batch, and watches: which
 module runs when, how far back each error's gradient goes, when parameters change, what autograd
 holds and what crosses a boundary. It takes the same step again with class names exchanged, and with
-other weights in the later modules: what comes out the same does not depend on them. The category follows
-from what was seen.
+other weights in the later modules, and in the earlier ones: what comes out the same does not depend on
+them. The category follows from what was seen.
 """
 
 from __future__ import annotations
@@ -49,6 +49,8 @@ class StageAudit:
             Only the longest ways are listed, so two ways that overlap are two errors.
         delays: for each module, how many steps ago the weights of later modules were those on which its
             update depends: 0 for this step's; None where it depends on none.
+        fed: updated modules whose update depends on the present weights of an earlier one, so that they
+            have to wait for its output.
         kept_bytes: what the stage keeps from one step to the next, beside weights and optimisers' state,
             and beside what autograd holds, which ``saved_bytes`` has counted.
         labels: for each module, what its update depends on: "classes", "pairs" (same or different),
@@ -63,6 +65,7 @@ class StageAudit:
     ways: tuple[tuple[int, int], ...]
     delays: tuple[int | None, ...]
     labels: tuple[str, ...]
+    fed: tuple[int, ...]
     kept_bytes: int
 
     @property
@@ -136,12 +139,12 @@ class Audit:
     def locks(self) -> dict[str, bool]:
         """The locks of Jaderberg et al. 2017 that were seen.
 
-        forward: a module's step needs the output of an earlier module in the same step. update: it
-        depends on a later module's weights, so it has to wait until that one has run. backward: it
-        needs the gradient that a later module sends back.
+        forward: a module's step depends on an earlier module's weights, so it has to wait for that one's
+        output. update: it depends on a later module's weights, so it has to wait until that one has
+        run. backward: it needs the gradient that a later module sends back.
         """
         return {
-            "forward": any(_runs_after_earlier(s) for s in self.stages),
+            "forward": any(stage.fed for stage in self.stages),
             "update": any(stage.told for stage in self.stages),
             "backward": any(stage.crossed for stage in self.stages),
         }
@@ -171,8 +174,8 @@ class Audit:
 
     @property
     def earlier(self) -> tuple[str, ...]:
-        """Do earlier modules run in the step that updates each module: "yes", "no" or "-"?"""
-        return self._by_module(lambda stage, k: _yes(min(stage.ran()) < k))
+        """Must earlier modules run in the step that updates each module: "yes", "no" or "-"?"""
+        return self._by_module(lambda stage, k: _yes(k in stage.fed))
 
     def _by_module(self, fact: Callable[[StageAudit, int], str]) -> tuple[str, ...]:
         """A fact about each module's update; "-" for a module that is never updated."""
@@ -273,16 +276,16 @@ def _audit_stage(
     updated = tuple(k for k in range(len(net)) if not _equal(before[k], after[k]))
 
     def again(
-        labels: Tensor | None = None, changed: int | None = None, ago: int = 0
+        labels: Tensor | None = None, changed: slice = slice(0), ago: int = 0
     ) -> list[list[Tensor]]:
-        """The parameters after the same steps with other labels, or other weights from a module on.
+        """The parameters after the same steps with other labels, or other weights in these modules.
 
         Labels are others in every step but the first, weights from so many steps before the last on.
         """
         other, stage, (x, y) = _begin(method, net, batch, seed, number)
         for step in range(first + 1):
-            if changed is not None and step == first - ago:
-                _change(other, changed)
+            if step == first - ago:
+                _change(other[changed])
             _step(stage, (x, y if labels is None or not step else labels), seed)
         return _parameters(other)
 
@@ -291,7 +294,8 @@ def _audit_stage(
     def delay(k: int) -> int | None:
         """How many steps ago the weights after module k were those on which its update depends."""
         for ago in range(stage.delay + 1):
-            changed = k + 1 if not ago else last  # an old error is as old as the last module's
+            # an old error is as old as the last module's
+            changed = slice(last if ago else k + 1, None)
             if not _close(before[k], after[k], again(changed=changed, ago=ago)[k]):
                 return ago
         return None
@@ -305,6 +309,7 @@ def _audit_stage(
         watch.ways(),
         tuple(delay(k) if k in updated and k < last else None for k in range(len(net))),
         _labels(again, inputs[1], before, after),
+        tuple(k for k in updated if not _close(before[k], after[k], again(changed=slice(k))[k])),
         sum(tensor.nbytes for tensor in stage.kept() if not memory.holds(tensor)),
     )
 
@@ -331,11 +336,11 @@ def _input(stage: Stage, batch: tuple[Tensor, Tensor], seed: int) -> tuple[Tenso
     return next(iter(stage.batches(OneBatch(batch), seed).epoch(seed, 0)))
 
 
-def _change(net: ModularNetwork, start: int) -> None:
-    """Other weights, as large as before, in the modules from ``start`` on."""
+def _change(modules: ModularNetwork) -> None:
+    """Other weights, as large as before."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        for module in net[start:]:
+        for module in modules:
             for p in module.parameters():
                 noise = torch.randn(p.shape, generator=generator).to(p)
                 p.copy_(noise * (p.norm() + 1e-3) / noise.norm())
@@ -413,11 +418,6 @@ def _yes(fact: bool) -> str:
 
 def _ran(events: Iterable[Event]) -> set[int]:
     return {event.module for event in events if event.what == "forward"}
-
-
-def _runs_after_earlier(stage: StageAudit) -> bool:
-    trained = [event.module for event in stage.events if event.what == "backward"]
-    return bool(trained) and min(stage.ran()) < max(trained)
 
 
 # --- watching a step ------------------------------------------------------------------------------

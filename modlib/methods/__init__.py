@@ -15,6 +15,7 @@ from modlib.methods.mono_forward import mono_forward
 from modlib.methods.only import Only
 from modlib.methods.proxy import ProxyObjective
 from modlib.methods.random_classifiers import random_classifiers
+from modlib.methods.synthetic_gradients import ExactGradient, SyntheticGradients
 from modlib.methods.target_propagation import (
     DifferenceTargetPropagation,
     TargetPropagation,
@@ -30,6 +31,7 @@ __all__ = [
     "DelayedGradients",
     "DifferenceTargetPropagation",
     "Ensemble",
+    "ExactGradient",
     "FeaturesReplay",
     "InformationPropagation",
     "KeepHeads",
@@ -38,6 +40,7 @@ __all__ = [
     "Only",
     "ProxyObjective",
     "Stage",
+    "SyntheticGradients",
     "TargetPropagation",
     "TransportRegularised",
     "cascade",

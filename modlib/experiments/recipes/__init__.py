@@ -3,8 +3,13 @@
 from modlib.experiments.recipes import cifar10, mnist, papers
 from modlib.experiments.recipes.recipe import Profile, Recipe
 
-__all__ = ["RECIPES", "Profile", "Recipe"]
+__all__ = ["RATES", "RECIPES", "TUNED", "Profile", "Recipe"]
 
 RECIPES: dict[str, Recipe] = {
     recipe.name: recipe for room in (cifar10, mnist, papers) for recipe in room.RECIPES
 }
+
+# Recipes as functions of the learning rate, for tuning.
+TUNED = {**cifar10.TUNED, **mnist.TUNED}
+# The best of the rates tried on held-out training images: book/results/learning-rates.json (a test compares).
+RATES = {**cifar10.RATES, **mnist.RATES}

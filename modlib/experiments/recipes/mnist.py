@@ -9,17 +9,20 @@ from functools import partial
 import torch
 
 from modlib import methods
-from modlib.experiments.recipes.cifar10 import RATES, e2ebp, proxy
+from modlib.experiments.recipes.cifar10 import RATES as CIFAR10_RATES
+from modlib.experiments.recipes.cifar10 import e2ebp, proxy
 from modlib.experiments.recipes.recipe import (
     MNIST,
     MNIST_CNN,
+    MNIST_DNI,
     MNIST_HSIC,
     Recipe,
     norm_mlp,
     tanh_mlp,
     watch_angles,
+    watch_synthetic,
 )
-from modlib.methods import E2EBP, DifferenceTargetPropagation, Method, sgd
+from modlib.methods import E2EBP, DifferenceTargetPropagation, Method, SyntheticGradients, sgd
 from modlib.objectives import SupCon
 
 
@@ -39,14 +42,48 @@ def _mnist_norm(name: str, lr: float, method: Callable[[], Method]) -> Recipe:
     return Recipe(name, 0, method, {"lr": lr}, MNIST_HSIC, norm_mlp)
 
 
+def _mnist_synthetic(kind: str, name: str, lr: float) -> Recipe:
+    """Synthetic gradients of every layer's output; one rate of Adam for modules and synthesisers."""
+    adam = partial(torch.optim.Adam, lr=lr)
+    method = partial(
+        SyntheticGradients,
+        kind,
+        conditioned="cdni" in name,
+        optimizer=adam,
+        synthesiser_optimizer=adam,
+    )
+    return Recipe(name, 0, method, {"lr": lr}, MNIST_DNI, norm_mlp, watch=watch_synthetic)
+
+
+def _mnist_end_to_end(lr: float) -> Recipe:
+    """The same network and optimiser, end to end."""
+    method = partial(E2EBP, optimizer=partial(torch.optim.Adam, lr=lr))
+    return Recipe("mnist-dni-e2ebp", 0, method, {"lr": lr}, MNIST_DNI, norm_mlp)
+
+
+# Recipes as functions of the learning rate, for tuning; and the best of those tried.
+TUNED: dict[str, Callable[[float], Recipe]] = {
+    "mnist-dni-e2ebp": _mnist_end_to_end,
+    "mnist-cdni": partial(_mnist_synthetic, "mlp", "mnist-cdni"),
+    "mnist-cdni-linear": partial(_mnist_synthetic, "linear", "mnist-cdni-linear"),
+    "mnist-dni": partial(_mnist_synthetic, "mlp", "mnist-dni"),
+}
+RATES: dict[str, float] = {
+    "mnist-dni-e2ebp": 1e-3,
+    "mnist-cdni": 1e-3,
+    "mnist-cdni-linear": 1e-3,
+    "mnist-dni": 1e-3,
+}
+
 RECIPES: list[Recipe] = [
+    *(make(RATES[name]) for name, make in TUNED.items()),
     proxy(
         "mnist-cnn-supcon",
         partial(SupCon, 0.07, "relu-pool"),
-        RATES["cifar10-proxy-supcon"],
+        CIFAR10_RATES["cifar10-proxy-supcon"],
         profiles=MNIST_CNN,
     ),
-    e2ebp("mnist-cnn-e2ebp", RATES["cifar10-e2ebp"], profiles=MNIST_CNN),
+    e2ebp("mnist-cnn-e2ebp", CIFAR10_RATES["cifar10-e2ebp"], profiles=MNIST_CNN),
     _mnist_norm("mnist-hsic", 0.1, methods.hsic_bottleneck),
     _mnist_norm("mnist-norm-e2ebp", 0.1, partial(E2EBP, optimizer=sgd(0.1))),
     _mnist("mnist-dtp", DifferenceTargetPropagation),

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from modlib import data as datasets
 from modlib import networks
 from modlib.data import Dataset
-from modlib.measure.angles import angles
+from modlib.measure.angles import angles, errors
 from modlib.methods import Method, Stage
+from modlib.methods.synthetic_gradients import gradient_errors
 from modlib.network import ModularNetwork, partition
 from modlib.training import Schedule
 
@@ -77,6 +78,11 @@ MNIST_HSIC = {  # five layers of 128 and batches of 512, as Ma et al. 2020
     "cpu": Profile("mnist", (128,) * 5, 10, batch_size=512, channels_last=False),
     "gpu": Profile("mnist", (128,) * 5, 50, batch_size=512, channels_last=False),
 }
+MNIST_DNI = {  # hidden layers of 256 with batch norm, as Jaderberg et al. 2017
+    "smoke": MNIST["smoke"],
+    "cpu": Profile("mnist", (256,) * 3, 10, channels_last=False),
+    "gpu": Profile("mnist", (256,) * 5, 100, channels_last=False),
+}
 
 
 def cifar10_for(epochs: int) -> dict[str, Profile]:
@@ -132,6 +138,15 @@ class Recipe:
 def watch_angles(stage: Stage, net: ModularNetwork, batch: Batch) -> dict[str, Any]:
     """Each module's angle to the gradient, in degrees."""
     return {"angles": [a if a is None else round(a, 3) for a in angles(stage, net, batch)]}
+
+
+def watch_synthetic(stage: Stage, net: ModularNetwork, batch: Batch) -> dict[str, Any]:
+    """The angles, and the relative errors of synthetic gradients and of the updates made from them."""
+    synthetic: list[float | None] = [*gradient_errors(stage, net, batch)]
+    found = {"gradient_errors": synthetic, "update_errors": errors(stage, net, batch)}
+    return watch_angles(stage, net, batch) | {
+        key: [e if e is None else round(e, 4) for e in values] for key, values in found.items()
+    }
 
 
 def trunk(profile: Profile, data: Dataset, seed: int, boundary: str = "before") -> nn.Module:
