@@ -109,7 +109,8 @@ class SyntheticGradients(Method):
             )
         synthesisers = [self._synthesiser(net, k, shape, classes) for k, shape in enumerate(hidden)]
         predictors = [self._predictor(x, shape) for shape in hidden if self.synthetic_inputs]
-        auxiliary = [network.to(x.device) for network in (*synthesisers, *predictors)]
+        like = next(net.parameters())  # its device and precision
+        auxiliary = [network.to(like) for network in (*synthesisers, *predictors)]
         make = self.synthesiser_optimizer
         return [
             SyntheticStage(
@@ -190,7 +191,7 @@ class Predictor(nn.Module):
 
     def forward(self, h: Tensor, y: Tensor | None = None) -> Tensor:
         """The prediction (N, *wanted) for h (N, *given) and labels (N,)."""
-        z: Tensor = h.float()
+        z: Tensor = h.to(next(self.parameters()).dtype)
         if self.maps:
             height, width = self.wanted[1:]
             z = F.adaptive_avg_pool2d(z, (height, width))  # nothing happens to a map of that size

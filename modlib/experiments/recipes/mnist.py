@@ -69,10 +69,10 @@ TUNED: dict[str, Callable[[float], Recipe]] = {
     "mnist-dni": partial(_mnist_synthetic, "mlp", "mnist-dni"),
 }
 RATES: dict[str, float] = {
-    "mnist-dni-e2ebp": 1e-3,
+    "mnist-dni-e2ebp": 3e-3,
     "mnist-cdni": 1e-3,
-    "mnist-cdni-linear": 1e-3,
-    "mnist-dni": 1e-3,
+    "mnist-cdni-linear": 3e-3,
+    "mnist-dni": 3e-4,
 }
 
 RECIPES: list[Recipe] = [
