@@ -147,8 +147,8 @@ def _pair(
     shared = [p for p in parameters if p in updates and p in truth]
     if not shared:
         return None
-    u = torch.cat([updates[p].flatten() for p in shared]).double()
-    g = torch.cat([truth[p].flatten() for p in shared]).double()
+    u = torch.cat([updates[p].flatten() for p in shared]).cpu().double()
+    g = torch.cat([truth[p].flatten() for p in shared]).cpu().double()
     return (u, g) if u.any() and g.any() else None
 
 
