@@ -7,11 +7,13 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import nn
 
 from modlib import methods, objectives
 from modlib.experiments.recipes.recipe import Recipe, cifar10_for, trunk, watch_angles
 from modlib.methods import E2EBP, Method, ProxyObjective, sgd
 from modlib.methods.method import MakeOptimizer
+from modlib.networks import ELUSlope
 from modlib.objectives import Objective
 
 
@@ -119,6 +121,38 @@ def _late(key: str, modules: int, lr: float) -> Recipe:
         partial(_DELAYED[key][0], optimizer=sgd(lr)),
         {"lr": lr, "boundary": "after"},
         build=partial(trunk, boundary="after"),
+        watch=watch_angles,
+    )
+
+
+# Target propagation wants a smooth activation, and modules that end with it: the same network with ELU, cut
+# after every layer. The inverses' rates were chosen by the angles of their Jacobians, not by an accuracy; the
+# modules' rate is backpropagation's, since at a step of 1/2 the update is meant to be its.
+_TARGETS: dict[str, Callable[[float], Method]] = {
+    "e2ebp": lambda lr: E2EBP(optimizer=sgd(lr)),
+    "l-drl": lambda lr: methods.l_drl(
+        0.5,
+        0.1,
+        sgd(lr),
+        sgd(0.006, weight_decay=0.0, nesterov=False),
+        from_output=False,
+        input_activation=ELUSlope,
+    ),
+    "dtp": lambda lr: methods.DifferenceTargetPropagation(
+        0.5, 0.1, sgd(lr), partial(torch.optim.Adam, lr=1e-3), activation=nn.ELU
+    ),
+}
+
+
+def _with_elu(key: str, lr: float) -> Recipe:
+    """4 epochs, since a step of target propagation costs several of backpropagation's."""
+    return Recipe(
+        f"cifar10-{key}-elu",
+        _LAYERS,
+        partial(_TARGETS[key], lr),
+        {"lr": lr, "activation": "ELU", "boundary": "after"},
+        cifar10_for(4),
+        partial(trunk, boundary="after", activation=nn.ELU),
         watch=watch_angles,
     )
 
@@ -236,6 +270,7 @@ RECIPES: list[Recipe] = [
         )
         for epochs in (12, 16, 21, 32)
     ),
+    *(_with_elu(key, 0.3) for key in _TARGETS),
     *(_recomputing(modules, RATES["cifar10-e2ebp"]) for modules in (3, 7)),
     proxy("cifar10-proxy-untrained", _PROXIES["supcon"], 0.0),  # weights stay as drawn
     proxy(

@@ -16,13 +16,17 @@ from modlib.experiments.recipes.recipe import (
     MNIST_CNN,
     MNIST_DNI,
     MNIST_HSIC,
+    MNIST_LONG,
     Recipe,
     norm_mlp,
+    orthogonal_mlp,
     tanh_mlp,
     watch_angles,
     watch_synthetic,
 )
 from modlib.methods import E2EBP, DifferenceTargetPropagation, Method, SyntheticGradients, sgd
+from modlib.methods import E2EBP, DifferenceTargetPropagation, Method, sgd
+from modlib.networks import TanhSlope
 from modlib.objectives import SupCon
 
 
@@ -31,9 +35,31 @@ def _mnist(name: str, method: Callable[[], Method]) -> Recipe:
     return Recipe(name, 0, method, {"lr": 1e-3}, MNIST, tanh_mlp)
 
 
+_RMSPROP = partial(torch.optim.RMSprop, lr=1e-3)
+
+# Target propagation beside plain DTP: without the correction, and with inverses learned on other losses.
+_TARGETS: dict[str, Callable[[], Method]] = {
+    "tp": methods.TargetPropagation,
+    "dtp-drl": methods.dtp_drl,
+    "ddtp": methods.ddtp,
+    "l-drl": partial(
+        methods.l_drl,
+        optimizer=_RMSPROP,
+        inverse_optimizer=_RMSPROP,
+        input_activation=TanhSlope,
+    ),
+}
+
+
+def _orthogonal(name: str, method: Callable[[], Method]) -> Recipe:
+    """For 40 epochs, from orthogonal matrices, which leave less for inverses to learn."""
+    longer = replace(_mnist(name, method), profiles=MNIST_LONG, build=orthogonal_mlp)
+    return replace(longer, note={"lr": 1e-3, "weights": "orthogonal"}, watch=watch_angles)
+
+
 def _late(name: str, method: type[methods.DelayedGradients]) -> Recipe:
     """The same, by errors that come down one layer a step."""
-    make = partial(method, optimizer=partial(torch.optim.RMSprop, lr=1e-3))
+    make = partial(method, optimizer=_RMSPROP)
     return replace(_mnist(name, make), watch=watch_angles)
 
 
@@ -87,7 +113,10 @@ RECIPES: list[Recipe] = [
     _mnist_norm("mnist-hsic", 0.1, methods.hsic_bottleneck),
     _mnist_norm("mnist-norm-e2ebp", 0.1, partial(E2EBP, optimizer=sgd(0.1))),
     _mnist("mnist-dtp", DifferenceTargetPropagation),
-    _mnist("mnist-e2ebp", partial(E2EBP, optimizer=partial(torch.optim.RMSprop, lr=1e-3))),
+    _mnist("mnist-e2ebp", partial(E2EBP, optimizer=_RMSPROP)),
+    *(replace(_mnist(f"mnist-{key}", make), watch=watch_angles) for key, make in _TARGETS.items()),
+    _orthogonal("mnist-dtp-orthogonal", partial(DifferenceTargetPropagation, noise=0.3)),
+    _orthogonal("mnist-e2ebp-orthogonal", partial(E2EBP, optimizer=_RMSPROP)),
     _late("mnist-ddg", methods.DelayedGradients),
     _late("mnist-fr", methods.FeaturesReplay),
 ]

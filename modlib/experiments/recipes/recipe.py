@@ -17,6 +17,7 @@ from modlib.measure.angles import angles, errors
 from modlib.methods import Method, Stage
 from modlib.methods.synthetic_gradients import gradient_errors
 from modlib.network import ModularNetwork, partition
+from modlib.networks.seeding import seeded
 from modlib.training import Schedule
 
 Batch = tuple[Tensor, Tensor]
@@ -73,6 +74,7 @@ MNIST = {
     "cpu": Profile("mnist", (240,) * 5, 10, channels_last=False),
     "gpu": Profile("mnist", (240,) * 7, 100, channels_last=False),
 }
+MNIST_LONG = {**MNIST, "cpu": replace(MNIST["cpu"], epochs=40)}
 MNIST_HSIC = {  # five layers of 128 and batches of 512, as Ma et al. 2020
     "smoke": MNIST["smoke"],
     "cpu": Profile("mnist", (128,) * 5, 10, batch_size=512, channels_last=False),
@@ -151,6 +153,14 @@ def watch_synthetic(stage: Stage, net: ModularNetwork, batch: Batch) -> dict[str
 
 def trunk(profile: Profile, data: Dataset, seed: int, boundary: str = "before") -> nn.Module:
     """The convolutional network of the CIFAR-10 recipes; its layers end before or after their ReLU."""
+def trunk(
+    profile: Profile,
+    data: Dataset,
+    seed: int,
+    boundary: str = "before",
+    activation: Callable[[], nn.Module] = nn.ReLU,
+) -> nn.Module:
+    """The convolutional network of the CIFAR-10 recipes; its layers end before or after their activation."""
     channels, size, _ = data.shape
     return networks.cnn(
         profile.widths,
@@ -159,6 +169,7 @@ def trunk(profile: Profile, data: Dataset, seed: int, boundary: str = "before") 
         size=size,
         stride=profile.stride,
         boundary=boundary,
+        activation=activation,
         seed=seed,
     )
 
@@ -168,6 +179,17 @@ def tanh_mlp(profile: Profile, data: Dataset, seed: int) -> nn.Module:
     pixels = torch.Size(data.shape).numel()
     sizes = [pixels, *profile.widths, len(data.classes)]
     return networks.mlp(sizes, activation=nn.Tanh, boundary="after", seed=seed)
+
+
+def orthogonal_mlp(profile: Profile, data: Dataset, seed: int) -> nn.Module:
+    """The same, but each layer starts as an orthogonal matrix, whose inverse is its transpose."""
+    net = tanh_mlp(profile, data, seed)
+    with seeded(seed):
+        for layer in net.modules():
+            if isinstance(layer, nn.Linear):
+                nn.init.orthogonal_(layer.weight)
+                nn.init.zeros_(layer.bias)
+    return net
 
 
 def norm_mlp(profile: Profile, data: Dataset, seed: int) -> nn.Module:
