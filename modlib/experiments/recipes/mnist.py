@@ -25,7 +25,6 @@ from modlib.experiments.recipes.recipe import (
     watch_synthetic,
 )
 from modlib.methods import E2EBP, DifferenceTargetPropagation, Method, SyntheticGradients, sgd
-from modlib.methods import E2EBP, DifferenceTargetPropagation, Method, sgd
 from modlib.networks import TanhSlope
 from modlib.objectives import SupCon
 

@@ -151,8 +151,6 @@ def watch_synthetic(stage: Stage, net: ModularNetwork, batch: Batch) -> dict[str
     }
 
 
-def trunk(profile: Profile, data: Dataset, seed: int, boundary: str = "before") -> nn.Module:
-    """The convolutional network of the CIFAR-10 recipes; its layers end before or after their ReLU."""
 def trunk(
     profile: Profile,
     data: Dataset,
