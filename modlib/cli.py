@@ -7,6 +7,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 _DESCRIPTION = """\
@@ -77,6 +78,15 @@ def _parser() -> argparse.ArgumentParser:
         "name", metavar="NAME", help='a name, or a folder\'s path; "list" to see names'
     )
     sub.add_argument("--size", type=_whole(1), help="side in pixels of square images")
+    sub.add_argument(
+        "--classes", metavar="FILE", help="a text file that names the classes to use, one a line"
+    )
+    sub.add_argument(
+        "--from",
+        dest="tree",
+        metavar="FOLDER",
+        help="unpacked ImageNet photographs, with train and val in it, that NAME is taken from",
+    )
     sub.add_argument(
         "--root", help="where data sets are kept (default: $MODLIB_DATA, else a cache)"
     )
@@ -188,6 +198,9 @@ Data sets are kept as memory-mapped arrays: ROOT/NAME/{train,test}_{images,label
 classes.json. Examples:  modlib data list
            modlib data cifar10 --root ~/data
            modlib data ~/pictures --size 64      a tree of train/CLASS/*.jpg and val/CLASS/*.jpg
+           modlib data ~/ILSVRC2012 --size 128 --classes mine.txt       some classes of a tree
+           modlib data imagenet-100 --from ~/ILSVRC2012                 a known choice of classes
+What is interrupted, or killed, leaves nothing that is used; the same command starts again.
 """
 
 
@@ -195,10 +208,30 @@ def _data(options: argparse.Namespace) -> None:
     from modlib import data
 
     if options.name == "list":
-        print("\n".join(data.names()))
+        for name in data.names():
+            print(
+                f"{name:<18}{data.explain(name, options.root).splitlines()[0].partition(': ')[2]}"
+            )
         return
-    print(data.explain(options.name, options.root, size=options.size))
-    data.prepare(options.name, options.root, size=options.size)
+    wishes = {"classes": _classes(options.classes), "size": options.size}
+    if options.tree is None:
+        print(data.explain(options.name, options.root, size=options.size))
+    try:
+        folder = data.prepare(options.name, options.root, tree=options.tree, **wishes)
+    except FileNotFoundError:
+        if options.tree is None:  # explained above
+            raise SystemExit(1) from None
+        raise
+    if options.tree is not None:
+        print(f"{options.name}: prepared in {folder}")
+
+
+def _classes(path: str | None) -> list[str] | None:
+    """The classes that a text file names: the first word of each line."""
+    if path is None:
+        return None
+    lines = Path(path).read_text(encoding="utf-8").splitlines()
+    return [line.split()[0] for line in lines if line.strip()]
 
 
 _AUDIT = """\

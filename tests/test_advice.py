@@ -5,6 +5,8 @@ One case for each ``raise`` of the package; the last test counts them.
 
 from __future__ import annotations
 
+import errno
+import os
 import re
 import shlex
 from collections.abc import Callable, Iterator
@@ -23,8 +25,9 @@ from scipy.io import savemat
 
 import modlib.data
 from modlib import cli
-from modlib.data import Augment, Dataset, Loader, explain, load, sources
+from modlib.data import Augment, Dataset, Loader, explain, load, prepare, sources
 from modlib.data.cache import write
+from modlib.data.subsets import Subset
 
 FILES = sorted(Path(modlib.data.__file__).parent.glob("*.py"))
 
@@ -57,11 +60,39 @@ def fitted(dataset: Dataset, **options: Any) -> Call:
     )
 
 
+GREY = Dataset("grey", IMAGES[..., :1], LABELS, IMAGES[:20, ..., :1], LABELS[:20])
 VECTOR_SET = Dataset("vectors", VECTORS, LABELS, VECTORS[:20], LABELS[:20])
 
 PLAIN: dict[str, Case] = {
     "mode": (lambda: Augment(mode="edge"), [Augment, lambda: Augment(mode="zeros")]),  # type: ignore[arg-type]
     "pad": (lambda: Augment(pad=-1), [lambda: Augment(pad=0)]),
+    "flip": (
+        lambda: Augment(flip="never"),  # type: ignore[arg-type]
+        [
+            lambda: Augment(flip=True),
+            lambda: Augment(flip=False),
+            lambda: Augment(flip="alternate"),
+        ],
+    ),
+    "scale": (
+        lambda: Augment(0, scale=(0.5, 2)),
+        [lambda: Augment(0, scale=(0.5, 1)), lambda: Augment(0, scale=(1, 1))],
+    ),
+    "pad and scale": (
+        lambda: Augment(pad=4, scale=(0.5, 1)),
+        [lambda: Augment(pad=0, scale=(0.5, 1)), lambda: Augment(pad=4)],
+    ),
+    "ratio": (lambda: Augment(ratio=(2, 1)), [lambda: Augment(ratio=(1, 2))]),
+    "brightness": (lambda: Augment(brightness=-1), [lambda: Augment(brightness=0)]),
+    "hue": (lambda: Augment(hue=1), [lambda: Augment(hue=0), lambda: Augment(hue=0.5)]),
+    "no colours": (
+        loaded(dataset=GREY, augment=Augment(hue=0.1, brightness=0.1)),
+        [loaded(dataset=GREY, augment=Augment(brightness=0.1))],
+    ),
+    "taken": (
+        lambda: prepare("digits", tree="/data"),
+        [lambda: prepare("digits")],
+    ),
     "range": (data(classes=("a", "b")), [data(classes=tuple("abcd"))]),
     "tensor": (data(train_images=torch.zeros(40, 5)), [data(train_images=IMAGES)]),
     "empty": (data(test_images=IMAGES[:0], test_labels=LABELS[:0]), [data()]),
@@ -407,7 +438,80 @@ def root_is_a_file(place: Path) -> Case:
 
 def by_hand(place: Path) -> Case:
     tree = grow(place / "imagewoof2")
-    return lambda: load("imagewoof", place), [lambda: load(str(tree), place, size=128)]
+
+    def told() -> None:
+        with pytest.raises(FileNotFoundError) as error:
+            load("photos", place)
+        found = re.search(
+            r"run `modlib (.*?) FOLDER`, where FOLDER holds its train", str(error.value)
+        )
+        assert found
+        assert cli.main([*shlex.split(found[1]), str(tree)]) == 0
+        assert load("photos", place).classes == ("an ant", "a bee")
+
+    return lambda: load("photos", place), [told]
+
+
+def not_its_tree(place: Path) -> Case:
+    tree = grow(place / "photos2")
+    return lambda: prepare("photos", place, tree=place), [
+        lambda: prepare("photos", place, tree=tree)
+    ]
+
+
+def another_set(place: Path) -> Case:
+    tree, more = grow(place / "photos2"), grow(place / "more")
+    save(more / "train" / "bee" / "9.png", IMAGES[9, :8, :8])
+    return lambda: prepare("photos", place, tree=more), [
+        lambda: prepare("photos", place, tree=tree),
+        lambda: load(str(more), place, classes=["ant", "bee"]),
+    ]
+
+
+def full_disk(place: Path) -> Case:
+    tree = grow(place / "tree")
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def wrong() -> None:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(os, "posix_fallocate", full, raising=False)
+            load(str(tree), place / "full")
+
+    return wrong, [lambda: load(str(tree), place / "full"), lambda: load(str(tree), place / "b")]
+
+
+def dead_link(place: Path) -> Case:
+    tree = grow(place / "tree")
+    path = tree / "train" / "bee" / "9.png"
+    path.symlink_to(place / "nowhere.png")
+
+    def repair() -> None:
+        save(place / "nowhere.png", IMAGES[9, :8, :8])
+        load(str(tree), place / "a")
+
+    def remove() -> None:
+        path.unlink()
+        load(str(tree), place / "b")
+
+    return lambda: load(str(tree), place), [repair, remove]
+
+
+def no_white(place: Path) -> Case:
+    tree = grow(place / "tree")
+    path = tree / "train" / "bee" / "3.tif"
+    Image.fromarray(IMAGES[0, :8, :8, 0].astype(np.float32)).save(path)
+
+    def repair() -> None:
+        Image.fromarray(IMAGES[0, :8, :8, 0]).save(path)
+        load(str(tree), place / "a")
+
+    def remove() -> None:
+        path.unlink()
+        load(str(tree), place / "b")
+
+    return lambda: load(str(tree), place), [repair, remove]
 
 
 def unreachable(place: Path, size: int | None, command: str) -> Case:
@@ -454,6 +558,9 @@ def no_network(*_: object) -> None:
 
 
 FETCHED = sources.Source("", "", lambda f, d, s: write(f, FIELDS, list("abcd")), size=12)
+PHOTOS = sources.Source(
+    "", "", size=8, subset=Subset("the archive", 4, 4, {"ant": "an ant", "bee": "a bee"})
+)
 ON_DISK = [
     no_folder,
     no_class_folder,
@@ -483,6 +590,11 @@ ON_DISK = [
     class_without_image,
     root_is_a_file,
     by_hand,
+    not_its_tree,
+    another_set,
+    full_disk,
+    dead_link,
+    no_white,
     offline,
     offline_in_a_size,
 ]
@@ -492,6 +604,7 @@ ON_DISK = [
 def world(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setitem(sources.SOURCES, "fetched", FETCHED)
+    monkeypatch.setitem(sources.SOURCES, "photos", PHOTOS)
     yield
 
 

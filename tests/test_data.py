@@ -5,14 +5,21 @@ Nothing here touches the network. Tests on real images skip where $MODLIB_DATA d
 
 from __future__ import annotations
 
+import errno
 import gc
 import json
 import os
 import pickle
+import re
 import signal
+import struct
+import subprocess
+import sys
 import tarfile
 import threading
-from collections.abc import Callable, Iterator
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from hashlib import md5
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -32,6 +39,7 @@ from torchvision.transforms import functional as vision
 
 import modlib
 import modlib.data
+from modlib import cli
 from modlib.data import (
     Augment,
     Dataset,
@@ -42,16 +50,18 @@ from modlib.data import (
     load,
     prepare,
     sources,
+    subsets,
     trees,
 )
 from modlib.data import augment as augment_file
 from modlib.data import loader as loader_file
 from modlib.data import memory as memory_file
 from modlib.data.augment import Windows, cutout_mask, pad_images, spans, spans_by_index
-from modlib.data.cache import PARTS, read, root_folder, write, writing
+from modlib.data.cache import PARTS, read, root_folder, scratch, write, writing
 from modlib.data.dataset import statistics
 from modlib.data.distortion import Distortion, draw_boxes, resized_crops
 from modlib.data.memory import ahead
+from modlib.data.pictures import decode
 from modlib.data.stratified import lonely, stratified_batches
 
 # --------------------------------------------------------------------------- what tests use
@@ -1237,6 +1247,65 @@ def test_a_killed_preparation_leaves_nothing_that_is_read(
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
     left = [p.name for p in (tmp_path / "root").iterdir()]
     assert len(left) == 1 and left[0].startswith(".")  # it was at work, and it is hidden
+    data = load(str(tree), tmp_path / "root")
+    assert np.array_equal(data.train_images, pictures(12, 8, seed=0))
+    assert [p.name for p in (tmp_path / "root").iterdir()] == [data.name]  # the rest is removed
+
+
+def test_what_another_process_is_preparing_is_left_alone(tmp_path: Path) -> None:
+    pytest.importorskip("fcntl")
+    waiting = tmp_path / "waiting.py"
+    waiting.write_text(
+        "import sys, pathlib\nfrom modlib.data.cache import writing\n"
+        "with writing(pathlib.Path(sys.argv[1])) as place:\n"
+        "    print(place, flush=True)\n    sys.stdin.read()\n    (place / 'classes.json').write_text('[]')\n"
+    )
+    root = tmp_path / "root"
+    child = subprocess.Popen(
+        [sys.executable, str(waiting), str(root / "set")],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert child.stdin and child.stdout
+    place = Path(child.stdout.readline().strip())
+    with scratch(root / "set", "preparing"):
+        assert place.is_dir()  # at work: its lock is held
+    child.stdin.close()
+    assert child.wait() == 0
+    child.stdout.close()
+    assert [p.name for p in root.iterdir()] == ["set"]
+    with scratch(root / "set", "preparing") as own, scratch(root / "se", "preparing") as other:
+        own_, other_ = own, other
+    assert not own_.exists() and not other_.exists()
+
+
+def test_a_full_disk_is_told_before_anything_is_decoded(
+    tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def full(file: int, start: int, size: int) -> None:
+        asked.append((start, size))
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full, raising=False)
+    monkeypatch.setattr(trees, "decode", None)
+    with pytest.raises(
+        OSError, match=r"root has no room for 2.43e-06 GB of train_images.npy"
+    ) as error:
+        load(str(tree), tmp_path / "root")
+    one_sentence(error)
+    assert asked == [(0, 128 + 12 * 8 * 8 * 3)] and list((tmp_path / "root").iterdir()) == []
+
+
+def test_a_file_system_that_reserves_nothing_will_do(
+    tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def cannot(*_: int) -> None:
+        raise OSError(errno.EOPNOTSUPP, "Operation not supported")
+
+    monkeypatch.setattr(os, "posix_fallocate", cannot, raising=False)
     assert len(load(str(tree), tmp_path / "root").train_labels) == 12
 
 
@@ -1538,7 +1607,7 @@ def test_a_root_that_cannot_be_written_is_named(tmp_path: Path) -> None:
 
 
 def test_every_name_is_explained(prepared: Path, tree: Path) -> None:
-    for name in (*modlib.data.names(), "imagewoof", "imagenet"):
+    for name in modlib.data.names():
         assert explain(name, prepared.parent).startswith(f"{name}: ")
     assert f"modlib data svhn --root {prepared.parent}" in explain("svhn", prepared.parent)
     assert explain("made", prepared.parent) == f"made: prepared in {prepared}"
@@ -1774,6 +1843,307 @@ def test_a_part_of_a_tree_is_told_from_the_tree(tree: Path, tmp_path: Path, part
                 in message
             )
     assert not any((tmp_path / "root").glob("*"))
+
+
+# --------------------------------------------------------------------------- odd pictures
+
+
+def photo(tmp_path: Path, picture: Image.Image, name: str = "odd.png", **options: Any) -> Any:
+    """The picture, saved and decoded again in its own size."""
+    path = tmp_path / name
+    picture.save(path, **options)
+    return decode(path, max(picture.size), exact=picture.size[0] == picture.size[1])
+
+
+def test_grey_pictures_have_three_equal_channels(tmp_path: Path) -> None:
+    grey = pictures(1, 16, channels=1)[0, ..., 0]
+    assert np.array_equal(photo(tmp_path, Image.fromarray(grey)), np.stack([grey] * 3, -1))
+    black_and_white = Image.fromarray(grey > 128)
+    assert black_and_white.mode == "1"
+    expected = np.stack([(grey > 128) * np.uint8(255)] * 3, -1)
+    assert np.array_equal(photo(tmp_path, black_and_white), expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "mode"), [("odd.png", None), ("odd.tif", None), ("odd.tif", "I;16B")]
+)
+def test_sixteen_bits_become_the_eight_high_ones(tmp_path: Path, name: str, mode: Any) -> None:
+    high = pictures(1, 16, channels=1)[0, ..., 0]
+    values = high.astype(np.uint16) * 256 + 77
+    picture = Image.fromarray(values)
+    if mode:
+        raw_ = values.astype(">u2").tobytes()
+        picture = Image.frombytes(mode, (16, 16), raw_)
+    assert np.array_equal(photo(tmp_path, picture, name), np.stack([high] * 3, -1))
+
+
+def test_cmyk_becomes_rgb(tmp_path: Path) -> None:
+    inks = np.zeros((16, 16, 4), np.uint8)  # white; then cyan, black
+    inks[4:8, :, 0], inks[8:, :, 3] = 255, 255
+    out = photo(tmp_path, Image.fromarray(inks, "CMYK"), "odd.jpg", quality=100).astype(int)
+    for rows, colour in ((slice(0, 3), 255), (slice(5, 7), (0, 255, 255)), (slice(9, 16), 0)):
+        assert np.abs(out[rows] - colour).max() < 40
+    tif = photo(tmp_path, Image.fromarray(inks, "CMYK"), "odd.tif")
+    assert (tif[:4] == 255).all() and (tif[8:] == 0).all()
+
+
+@pytest.mark.parametrize("kind", ["RGBA", "LA", "palette", "one colour of a palette", "one of RGB"])
+def test_what_is_transparent_shows_white(tmp_path: Path, kind: str) -> None:
+    colours_ = np.full((16, 16, 3), 40, np.uint8)
+    colours_[8:] = 200
+    seen = np.zeros((16, 16), np.uint8)
+    seen[8:] = 255  # the upper half is transparent
+    options: dict[str, Any] = {}
+    if kind == "RGBA":
+        picture = Image.fromarray(np.dstack([colours_, seen]))
+    elif kind == "LA":
+        picture = Image.fromarray(np.dstack([colours_[..., 0], seen]))
+    elif kind == "one of RGB":
+        picture, options = Image.fromarray(colours_), {"transparency": (40, 40, 40)}
+    else:
+        picture = Image.fromarray((seen > 0).astype(np.uint8))
+        picture = picture.convert("P")
+        picture.putpalette([40] * 3 + [200] * 3)
+        options = {"transparency": bytes([0, 255]) if kind == "palette" else 0}
+    out = photo(tmp_path, picture, **options)
+    assert (out[:8] == 255).all() and (out[8:] == 200).all()
+    half = Image.fromarray(np.full((4, 4, 4), (0, 0, 0, 128), np.uint8))
+    assert np.abs(photo(tmp_path, half).astype(int) - 127).max() <= 1
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_photograph_is_turned_upright(tmp_path: Path, orientation: int) -> None:
+    upright = np.zeros((32, 32, 3), np.uint8)
+    upright[:16, :16], upright[:16, 16:], upright[16:, :16] = 250, 160, 80
+    # How the camera's sensor saw it, by the table of the EXIF standard.
+    seen = {
+        1: upright,
+        2: upright[:, ::-1],
+        3: upright[::-1, ::-1],
+        4: upright[::-1],
+        5: upright.transpose(1, 0, 2),
+        6: np.rot90(upright),
+        7: upright[::-1, ::-1].transpose(1, 0, 2),
+        8: np.rot90(upright, -1),
+    }[orientation]
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    picture = Image.fromarray(np.ascontiguousarray(seen))
+    for name in ("odd.jpg", "odd.png"):
+        out = photo(tmp_path, picture, name, exif=exif.tobytes()).astype(int)
+        for place in ((8, 8), (8, 24), (24, 8), (24, 24)):
+            assert np.abs(out[place] - upright[place]).max() < 4
+    path = tmp_path / "wide.jpg"  # scaled down while it is read, then turned and cropped
+    Image.fromarray(np.repeat(np.repeat(seen, 8, 0), 8, 1)).save(path, exif=exif.tobytes())
+    assert np.abs(decode(path, 4, False)[0, 0].astype(int) - 250).max() < 4
+
+
+def test_a_picture_of_one_pixel_is_one_colour(tree: Path, tmp_path: Path) -> None:
+    path = tree / "train" / "bee" / "one.png"
+    save(path, np.full((1, 1, 3), 93, np.uint8))
+    data = load(str(tree), tmp_path / "root", size=8)
+    assert (data.train_images == 93).all((1, 2, 3)).sum() == 1
+    with pytest.raises(ValueError, match=r"bee/one.png is 1x1 but others are 8x8; pass size="):
+        load(str(tree), tmp_path / "a")
+    save(path, np.full((1, 300, 3), 94, np.uint8))  # a line
+    assert (load(str(tree), tmp_path / "b", size=8).train_images == 94).all((1, 2, 3)).sum() == 1
+
+
+def cut_in_half(path: Path) -> None:
+    Image.fromarray(pictures(1, 64)[0]).save(path)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def a_text(path: Path) -> None:
+    path.write_text("<html>404 not found</html>")
+
+
+def nothing(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+def head_alone(path: Path) -> None:
+    Image.fromarray(pictures(1, 64)[0]).save(path)
+    path.write_bytes(path.read_bytes()[:30])
+
+
+def a_link_to_nothing(path: Path) -> None:
+    path.symlink_to(path.parent / "nowhere")
+
+
+def a_bomb(path: Path) -> None:
+    content = bytearray()
+    Image.new("1", (1, 1)).save(path, "PNG")
+    content += path.read_bytes()
+    content[16:24] = struct.pack(">II", 60_000, 60_000)
+    content[29:33] = struct.pack(">I", zlib.crc32(bytes(content[12:29])))
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    "spoil", [cut_in_half, a_text, nothing, head_alone, a_bomb, a_link_to_nothing]
+)
+@pytest.mark.parametrize("size", [None, 8])
+@pytest.mark.parametrize("first", [True, False])
+def test_a_file_that_is_no_picture_is_named(
+    tmp_path: Path, spoil: Callable[[Path], None], size: int | None, first: bool
+) -> None:
+    tree = tmp_path / "photos"
+    for split in ("train", "val"):
+        for i in range(2):
+            save(tree / split / "ant" / f"{i}.png", pictures(1, 64, seed=i)[0])
+    path = tree / "train" / "ant" / ("00.jpg" if first else "2.jpg")
+    spoil(path)
+    with pytest.raises(ValueError) as error:
+        load(str(tree), tmp_path / "root", size=size)
+    assert one_sentence(error).startswith(f"{path} cannot be read as an image (")
+    assert list((tmp_path / "root").glob("*")) == []
+
+
+@pytest.mark.parametrize("mode", ["I", "F"])
+def test_numbers_without_a_white_are_refused(tmp_path: Path, mode: str) -> None:
+    path = tmp_path / "odd.tif"
+    Image.new(mode, (8, 8), 1000).save(path)
+    with pytest.raises(ValueError, match=r"odd.tif .*32-bit numbers") as error:
+        decode(path, 8, True)
+    one_sentence(error)
+
+
+def test_what_a_mac_leaves_beside_a_file_is_no_picture(tree: Path, tmp_path: Path) -> None:
+    (tree / "train" / "ant" / "._0.png").write_bytes(b"\0\5\x16\7 Mac OS X")
+    assert len(load(str(tree), tmp_path / "root").train_labels) == 12
+
+
+# --------------------------------------------------------------------------- sets of ImageNet photographs
+
+
+def photos(tree: Path, wnids: Sequence[str], side: int = 8) -> Path:
+    """Two training images and one test image a class, of the brightness of its place in the list."""
+    for i, wnid in enumerate(wnids):
+        for split, n in (("train", 2), ("val", 1)):
+            for k in range(n):
+                save(tree / split / wnid / f"{wnid}_{k}.png", np.full((side, side, 3), i, np.uint8))
+    return tree
+
+
+BY_TREE = [
+    "imagenette",
+    "imagewoof",
+    "tiny-imagenet",
+    "tiny-imagenet-20",
+    "imagenet-100",
+    "imagenet",
+]
+
+
+@pytest.mark.parametrize("name", BY_TREE)
+def test_a_set_of_photographs_is_taken_from_a_tree(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = sources.SOURCES[name]
+    assert source.subset
+    own = list(source.subset.classes) or ["n00000001", "n00000002"]
+    tree = photos(
+        tmp_path / "unpacked", [*own, *([] if not source.subset.classes else ["n99999999"])]
+    )
+    (tree / "words.txt").write_text("n00000001\tcat, domestic cat\n")
+    few = replace(source.subset, train=2 * len(own), test=len(own))
+    monkeypatch.setitem(sources.SOURCES, name, replace(source, subset=few))
+    assert f"--root {tmp_path}" in explain(name, tmp_path) and "--from FOLDER" in explain(
+        name, tmp_path
+    )
+    arguments = ["data", name, "--root", str(tmp_path), "--from", str(tree)]
+    assert cli.main(arguments) == 0
+    assert f"{name}: prepared in {tmp_path / name}" in capsys.readouterr().out
+    data = load(name, tmp_path)
+    side = source.size or 64
+    assert data.shape == (3, side, side) and data.name == name
+    assert data.train_labels.tolist() == [i for i in range(len(own)) for _ in range(2)]
+    assert data.train_images[:, 0, 0, 0].tolist() == data.train_labels.tolist()
+    assert data.test_images[:, 0, 0, 0].tolist() == list(range(len(own)))
+    assert data.classes == tuple(source.subset.classes.values()) or data.classes == (
+        "cat",
+        "n00000002",
+    )
+    if source.size:
+        assert cli.main([*arguments, "--size", "24"]) == 0
+        assert load(name, tmp_path, size=24).shape == (3, 24, 24)
+        assert (tmp_path / f"{name}-24px").is_dir()
+    else:
+        assert load(name, tmp_path, size=24).shape == (3, 24, 24)
+
+
+def test_lists_of_photographs_are_those_that_are_known() -> None:
+    from torchvision.datasets import Imagenette
+
+    known = {wnid: names_[0] for wnid, names_ in Imagenette._WNID_TO_CLASS.items()}
+    assert dict(subsets.IMAGENETTE.classes) == known
+    assert list(subsets.IMAGEWOOF.classes) == sorted(subsets.IMAGEWOOF.classes)
+    assert [len(set(s.classes)) for s in (subsets.IMAGEWOOF, subsets.TINY_20)] == [10, 20]
+    hundred = list(subsets.IMAGENET_100.classes)
+    assert len(set(hundred)) == 100 and all(re.fullmatch(r"n\d{8}", wnid) for wnid in hundred)
+    # The published list, in its order: MD5 of its lines.
+    text = "".join(f"{wnid}\n" for wnid in hundred)
+    assert (
+        len(text) == 1000 and md5(text.encode()).hexdigest() == "9974508e5d4cc0098b70e8b6a0fe6067"
+    )
+
+
+def test_real_classes_of_tiny_imagenet_20() -> None:
+    folder = real("tiny-imagenet-20-folder")
+    assert sorted(subsets.TINY_20.classes) == sorted(p.name for p in (folder / "train").iterdir())
+    whole = load("tiny-imagenet-20", folder.parent)
+    assert whole.classes == tuple(subsets.TINY_20.classes.values())
+    for number, wnid in enumerate(subsets.TINY_20.classes):
+        first = sorted((folder / "test" / wnid).iterdir())[0]
+        assert whole.test_labels[int(first.stem)] == number
+
+
+def test_another_set_is_told_from_the_one_that_was_named(tmp_path: Path) -> None:
+    tree = photos(tmp_path / "mine", list(subsets.IMAGEWOOF.classes))
+    with pytest.raises(
+        ValueError, match=r"holds 20 training and 10 test images .* has 9025 and 3929"
+    ) as e:
+        prepare("imagewoof", tmp_path, tree=tree)
+    one_sentence(e)
+    with pytest.raises(
+        ValueError, match=r"classes names 'n02869837' but .*mine/train has no such"
+    ) as e:
+        prepare("imagenet-100", tmp_path, tree=tree)
+    one_sentence(e)
+    with pytest.raises(
+        ValueError, match=r"has no folder train; give the folder that imagewoof2.tgz"
+    ) as e:
+        prepare("imagewoof", tmp_path, tree=tmp_path)
+    one_sentence(e)
+    with pytest.raises(ValueError, match=r"tree is given but cifar10 is not taken out of") as e:
+        prepare("cifar10", tmp_path, tree=tree)
+    one_sentence(e)
+    assert [p.name for p in tmp_path.iterdir()] == ["mine"]
+
+
+def test_a_list_of_classes_comes_from_a_file(
+    tree: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "mine.txt").write_text("cat the cat\n\nant\n")
+    arguments = ["data", str(tree), "--root", str(tmp_path / "root")]
+    assert cli.main([*arguments, "--classes", str(tmp_path / "mine.txt")]) == 0
+    assert load(str(tree), tmp_path / "root", classes=["cat", "ant"]).classes == ("cat", "ant")
+    assert len(list((tmp_path / "root").iterdir())) == 1
+    capsys.readouterr()
+    assert cli.main([*arguments, "--classes", str(tmp_path / "none.txt")]) == 1
+    assert "none.txt" in capsys.readouterr().err
+
+
+def test_a_set_to_fetch_by_hand_is_explained_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as error:
+        cli.main(["data", "imagenet-100", "--root", str(tmp_path)])
+    said = capsys.readouterr()
+    assert error.value.code == 1 and said.err == ""
+    assert said.out.count("does not download imagenet-100") == 1
+    assert f"`modlib data imagenet-100 --root {tmp_path} --from FOLDER`" in said.out
 
 
 # --------------------------------------------------------------------------- flat layouts

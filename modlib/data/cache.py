@@ -6,6 +6,8 @@ classes.json (a list of names) and, written on first use, statistics.json (mean 
 
 from __future__ import annotations
 
+import errno
+import glob
 import json
 import os
 import shutil
@@ -19,6 +21,7 @@ import numpy as np
 from modlib.data.dataset import Array, Dataset
 
 PARTS = ("train_images", "train_labels", "test_images", "test_labels")
+_LOCK = ".lock"
 Root = str | os.PathLike[str] | None
 Numbers = tuple[float, ...]
 
@@ -71,23 +74,81 @@ def write(folder: Path, arrays: dict[str, Array], classes: Sequence[str]) -> Non
 def writing(folder: Path) -> Iterator[Path]:
     """A temporary folder beside ``folder`` that takes its name when all has gone well.
 
-    If anything fails it is removed; if the process is killed it stays behind under a name that
-    is never read (".<name>-preparing-...").
+    Until then it has a name that is never read (".<name>-preparing-..."); see ``scratch``.
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-preparing-", dir=folder.parent))
-    try:
+    with scratch(folder, "preparing") as temporary:
         temporary.chmod(0o755)  # mkdtemp makes it private, but caches are shared
         yield temporary
+        (temporary / _LOCK).unlink(missing_ok=True)
         try:
             temporary.replace(folder)
         except OSError:
             if not (folder / "classes.json").exists():
                 raise
-            shutil.rmtree(temporary)  # another process was faster
-    except BaseException:
+            # Another process was faster.
+
+
+@contextmanager
+def scratch(folder: Path, doing: str) -> Iterator[Path]:
+    """A temporary folder beside ``folder``, removed in the end whatever happens.
+
+    Where the process is killed it stays, until this is called for the same folder again. That it is abandoned is
+    told by its lock, which the system takes away from a process that ends.
+    """
+    prefix = f".{folder.name}-{doing}-"
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    for left in folder.parent.glob(glob.escape(prefix) + "*"):
+        with _locked(left / _LOCK, "r") as abandoned:
+            if abandoned:
+                shutil.rmtree(left, ignore_errors=True)
+    temporary = Path(tempfile.mkdtemp(prefix=prefix, dir=folder.parent))
+    try:
+        with _locked(temporary / _LOCK, "w") as locked:
+            if not locked:  # a file system without locks: never taken for abandoned
+                (temporary / _LOCK).unlink(missing_ok=True)
+            yield temporary
+    finally:
         shutil.rmtree(temporary, ignore_errors=True)
-        raise
+
+
+@contextmanager
+def _locked(path: Path, mode: str) -> Iterator[bool]:
+    """Hold a file's lock; False where it is held by another process, or cannot be had."""
+    try:
+        import fcntl
+
+        file = path.open(mode)
+    except (ImportError, OSError):
+        yield False
+        return
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            yield False
+        else:
+            yield True
+
+
+def reserve(path: Path) -> None:
+    """Take a file's room on the disk now: a full disk would end a process that writes to a memory map.
+
+    Raises:
+        OSError: if there is no room.
+    """
+    if not hasattr(os, "posix_fallocate"):
+        return
+    size = path.stat().st_size
+    with path.open("r+b") as file:
+        try:
+            os.posix_fallocate(file.fileno(), 0, size)
+        except OSError as error:
+            if error.errno in (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS):
+                return  # a file system that cannot
+            raise OSError(
+                f"{path.parent.parent} has no room for {size / 1e9:.3g} GB of {path.name} ({error}); make "
+                f"room there, or pass another root=."
+            ) from error
 
 
 def write_json(path: Path, content: object) -> None:

@@ -10,13 +10,13 @@ from pathlib import Path
 
 import numpy as np
 
-from modlib.data.cache import PARTS, Root, read, root_folder
+from modlib.data.cache import PARTS, Root, read, root_folder, scratch
 from modlib.data.dataset import Array, Dataset, take
 from modlib.data.embedded import EMBEDDED
 from modlib.data.layouts import is_tree
 from modlib.data.pictures import resized
 from modlib.data.sources import SOURCES, Source, Unreachable
-from modlib.data.trees import check_prepared, prepare_tree
+from modlib.data.trees import check_prepared, prepare_files, prepare_tree
 
 
 def load(
@@ -64,12 +64,14 @@ def load(
 
 
 def names() -> tuple[str, ...]:
-    """Names that ``load`` knows: embedded sets first, then those that it can download.
+    """Names that ``load`` knows: embedded sets, those that it can download, those to fetch by hand.
 
     >>> names()[:5]
     ('digits', 'spirals', 'moons', 'rings', 'cifar10')
+    >>> names()[-2:]
+    ('imagenet-100', 'imagenet')
     """
-    return (*EMBEDDED, *(name for name, source in SOURCES.items() if source.prepare))
+    return (*EMBEDDED, *sorted(SOURCES, key=lambda name: SOURCES[name].prepare is None))
 
 
 def prepare(
@@ -78,6 +80,7 @@ def prepare(
     *,
     classes: Sequence[str] | None = None,
     size: int | None = None,
+    tree: str | os.PathLike[str] | None = None,
 ) -> Path | None:
     """Make sure that a data set lies prepared on disk, and say where.
 
@@ -86,6 +89,8 @@ def prepare(
         root: as for ``load``.
         classes: as for ``load``.
         size: as for ``load``.
+        tree: folder tree that a set of ImageNet photographs is taken from, where it is not prepared yet: such
+            as ILSVRC 2012 for "imagenet-100", in a layout of ``modlib.data.layouts``.
 
     Returns:
         The prepared folder, which has been read and found whole; None for an embedded set.
@@ -99,9 +104,11 @@ def prepare(
     True
     """
     _check_wishes(classes, size)
+    if tree is not None:
+        _check_taken(name)
     if name in EMBEDDED:
         return None
-    folder, _ = _ensure(name, root_folder(root), classes, size)
+    folder, _ = _ensure(name, root_folder(root), classes, size, tree)
     read(folder)
     return folder
 
@@ -120,11 +127,11 @@ def explain(name: str, root: Root = None, *, size: int | None = None) -> str:
     >>> print(explain("spirals"))
     spirals: embedded, works offline: modlib.data.load('spirals')
     >>> print(explain("imagewoof", root="/data"))  # doctest: +NORMALIZE_WHITESPACE
-    imagewoof: 12,954 ImageNet photos of 10 dog breeds
+    imagewoof: 12,954 ImageNet photos of 10 dog breeds (9,025 train, 3,929 test; 640 MB prepared at 128x128)
     https://github.com/fastai/imagenette
-    This library does not download imagewoof: fetch it from https://github.com/fastai/imagenette,
-    unpack it and load the folder that holds train and val:
-    modlib.data.load('/path/to/imagewoof', size=128).
+    This library does not download imagewoof: get imagewoof2.tgz (or its 320 px or 160 px version) from
+    https://github.com/fastai/imagenette, unpack it, and run `modlib data imagewoof --root /data --from FOLDER`,
+    where FOLDER holds its train and val.
     """
     if name in EMBEDDED:
         return f"{name}: embedded, works offline: modlib.data.load({name!r})"
@@ -139,12 +146,22 @@ def explain(name: str, root: Root = None, *, size: int | None = None) -> str:
     if source is None:
         raise _unknown(name, place)
     if source.prepare is None:
-        return about + _by_hand(name)
-    return f"{about}not prepared in {folder} yet: {_how(name, folder, size)}"
+        return about + _by_hand(name, folder, size)
+    taken = ""
+    if source.subset:
+        taken = (
+            f" If you have {source.subset.unpack} unpacked, add --from FOLDER to that command, where FOLDER "
+            f"holds its train and val."
+        )
+    return f"{about}not prepared in {folder} yet: {_how(name, folder, size)}{taken}"
 
 
 def _ensure(
-    name: str, root: Path, classes: Sequence[str] | None, size: int | None
+    name: str,
+    root: Path,
+    classes: Sequence[str] | None,
+    size: int | None,
+    tree: str | os.PathLike[str] | None = None,
 ) -> tuple[Path, bool]:
     """The prepared folder, and whether it holds those classes in that size already."""
     source, folder = SOURCES.get(name), _folder(name, root, size)
@@ -155,7 +172,13 @@ def _ensure(
         return folder, False
     if source is None:
         raise _unknown(name, root)
-    _fetch(name, source, folder, size)
+    if tree is None or source.subset is None:
+        _fetch(name, source, folder, size)
+        return folder, False
+    place = Path(tree).expanduser().absolute()
+    files, named = source.subset.take(name, place)
+    side = source.subset.side or size or source.size
+    prepare_files(folder, files, named, side, source={"tree": str(place)})
     return folder, False
 
 
@@ -173,21 +196,21 @@ def _folder(name: str, root: Path, size: int | None) -> Path:
 
 def _fetch(name: str, source: Source, folder: Path, size: int | None) -> None:
     if source.prepare is None:
-        raise FileNotFoundError(f"{folder} does not exist. {_by_hand(name)}")
+        raise FileNotFoundError(f"{folder} does not exist. {_by_hand(name, folder, size)}")
     root = folder.parent
     try:
         root.mkdir(parents=True, exist_ok=True)
-        # A folder of this call's own: what an earlier one left half unpacked is never trusted.
-        downloads = tempfile.TemporaryDirectory(prefix=f".{name}-downloading-", dir=root)
+        tempfile.TemporaryFile(dir=root).close()
     except OSError as error:
         raise ValueError(
             f"root is {root}, where nothing can be written ({error}); pass another root=, or leave it "
             f"out and set MODLIB_DATA."
         ) from error
     print(f"{name}: downloading and preparing {folder} (once)")
-    with downloads:
+    # A folder of this call's own: what an earlier one left half unpacked is never trusted.
+    with scratch(root / name, "downloading") as downloads:
         try:
-            source.prepare(folder, Path(downloads.name), size or source.size)
+            source.prepare(folder, downloads, size or source.size)
         except Unreachable as error:
             raise ConnectionError(
                 f"{name} is not in {folder} and could not be downloaded ({error}); "
@@ -198,18 +221,34 @@ def _fetch(name: str, source: Source, folder: Path, size: int | None) -> None:
 
 def _how(name: str, folder: Path, size: int | None) -> str:
     files = ", ".join(f"{part}.npy" for part in PARTS)
+    return (
+        f"run `{_command(name, folder, size)}` where there is a network, or put {files} and classes.json in "
+        f"{folder}."
+    )
+
+
+def _command(name: str, folder: Path, size: int | None) -> str:
     sized = "" if folder.name == name else f" --size {size}"
+    return f"modlib data {name}{sized} --root {folder.parent}"
+
+
+def _by_hand(name: str, folder: Path, size: int | None) -> str:
+    source = SOURCES[name]
+    assert source.subset is not None
     return (
-        f"run `modlib data {name}{sized} --root {folder.parent}` where there is a network, or put {files} "
-        f"and classes.json in {folder}."
+        f"This library does not download {name}: get {source.subset.unpack} from {source.page}, unpack it, and "
+        f"run `{_command(name, folder, size)} --from FOLDER`, where FOLDER holds its train and val."
     )
 
 
-def _by_hand(name: str) -> str:
-    return (
-        f"This library does not download {name}: fetch it from {SOURCES[name].page}, unpack it and "
-        f"load the folder that holds train and val: modlib.data.load('/path/to/{name}', size=128)."
-    )
+def _check_taken(name: str) -> None:
+    """Refuse a tree for a set that is not taken out of one."""
+    taken = [known for known, source in SOURCES.items() if source.subset]
+    if name not in taken:
+        raise ValueError(
+            f"tree is given but {name} is not taken out of a folder tree, as {', '.join(taken)} are; leave it "
+            f"out, or give the tree's path in place of the name."
+        )
 
 
 def _unknown(name: str, root: Path) -> ValueError:

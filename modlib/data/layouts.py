@@ -80,7 +80,9 @@ def list_images(parent: Path, names: Sequence[str]) -> Files:
 def _images(folder: Path) -> list[Path]:
     found = []
     for place, _, names in os.walk(folder):  # ImageNet has 1.3 million: Path.rglob takes far longer
-        found += [os.path.join(place, n) for n in names if n.lower().endswith(SUFFIXES)]
+        # A Mac leaves ._name beside each file that it copies to a foreign disk.
+        pictures = (n for n in names if n.lower().endswith(SUFFIXES) and n[0] != ".")
+        found += [os.path.join(place, n) for n in pictures]
     return [Path(path) for path in sorted(found)]
 
 

@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+import struct
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 from modlib.data.dataset import Array, Dataset
+
+# What decoders raise on broken files.
+BROKEN = (
+    *(OSError, SyntaxError, ValueError, EOFError, LookupError, ArithmeticError, TypeError),
+    *(struct.error, Image.DecompressionBombError),
+)
+_16_BITS = (
+    "PNG",
+    "PPM",
+)  # formats that Pillow has read as 32 bits though they have no more than 16
 
 
 def square(picture: Image.Image, size: int) -> Array:
@@ -27,6 +38,9 @@ def square(picture: Image.Image, size: int) -> Array:
 def decode(path: Path, size: int, exact: bool) -> Array:
     """An image file as (size, size, 3) uint8.
 
+    A photograph is turned upright as its EXIF data say, 16 bits become the 8 high ones, grey becomes three equal
+    channels, CMYK becomes RGB, and what is transparent shows white.
+
     Args:
         path: the file.
         size: side in pixels.
@@ -37,19 +51,39 @@ def decode(path: Path, size: int, exact: bool) -> Array:
     """
     try:
         with Image.open(path) as picture:
-            if exact and picture.size != (size, size):
-                wide, high = picture.size
-                raise ValueError(
-                    f"{path} is {wide}x{high} but others are {size}x{size}; pass size= to bring "
-                    f"all images to one size."
-                )
-            # A JPEG can be read at a fraction of its size: much faster, and still filtered below.
-            picture.draft("RGB", (2 * size, 2 * size))
-            return square(picture, size)
-    except (OSError, SyntaxError) as error:
-        raise ValueError(
-            f"{path} cannot be read as an image ({error}); repair or remove it and load again."
-        ) from error
+            wide, high = picture.size
+            if not exact or (wide, high) == (size, size):
+                # A JPEG can be read at a fraction of its size: much faster, and still filtered below.
+                picture.draft("RGB", (2 * size, 2 * size))
+                ImageOps.exif_transpose(picture, in_place=True)
+                return square(_rgb(picture), size)
+    except BROKEN as error:
+        raise unreadable(path, error) from error
+    raise ValueError(
+        f"{path} is {wide}x{high} but others are {size}x{size}; pass size= to bring all images to one size."
+    )
+
+
+def unreadable(path: Path, error: Exception) -> ValueError:
+    """One sentence on a file that is no image, or a broken one."""
+    why = " ".join(str(error).split()).rstrip(".") or type(error).__name__
+    return ValueError(
+        f"{path} cannot be read as an image ({why}); repair or remove it and load again."
+    )
+
+
+def _rgb(picture: Image.Image) -> Image.Image:
+    sixteen = picture.mode.startswith("I;16") or (
+        picture.mode == "I" and picture.format in _16_BITS
+    )
+    if sixteen:  # Pillow's own conversion would show all but the darkest values white
+        return Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8)).convert("RGB")
+    if picture.mode in ("I", "F"):
+        raise ValueError("it holds 32-bit numbers, and which of them is white is not said")
+    if picture.has_transparency_data:
+        white = Image.new("RGBA", picture.size, "white")
+        return Image.alpha_composite(white, picture.convert("RGBA")).convert("RGB")
+    return picture.convert("RGB")
 
 
 def resized(dataset: Dataset, size: int) -> Dataset:

@@ -12,9 +12,11 @@ from typing import Any
 
 import numpy as np
 
+from modlib.data import subsets
 from modlib.data.cache import write
 from modlib.data.dataset import Array
-from modlib.data.layouts import list_images, list_tree
+from modlib.data.layouts import list_tree
+from modlib.data.subsets import Subset
 from modlib.data.trees import prepare_files
 
 _PATIENCE = 30.0  # seconds without a byte before the next mirror is tried
@@ -56,12 +58,14 @@ class Source:
         page: where to read about it.
         prepare: fetches and prepares it; None if it is not downloaded here.
         size: side in pixels by default, for sets that are prepared in any size.
+        subset: what it takes out of a folder tree, if it can be prepared from one.
     """
 
     about: str
     page: str
     prepare: Prepare | None = None
     size: int = 0
+    subset: Subset | None = None
 
 
 def try_mirrors(fetch: Callable[[str | None], Any], mirrors: Sequence[str | None]) -> Any:
@@ -154,26 +158,23 @@ def _unpacked(url: str, md5: str, downloads: Path) -> None:
 
 
 def _imagenette(folder: Path, downloads: Path, size: int) -> None:
-    from torchvision.datasets import Imagenette
-
     stored = "160px" if size <= 160 else "320px" if size <= 320 else "full"
     archive, md5 = _IMAGENETTE_ARCHIVES[stored]
     _unpacked(f"{_IMAGENETTE}{archive}.tgz", md5, downloads)
-    known = Imagenette(str(downloads), split="train", size=stored)
-    files = {
-        split: list_images(downloads / archive / stored_as, known.wnids)
-        for split, stored_as in (("train", "train"), ("test", "val"))
-    }
-    prepare_files(folder, files, [names[0] for names in known.classes], size)
+    files, wnids = list_tree(downloads / archive)
+    prepare_files(folder, files, [subsets.IMAGENETTE.classes[wnid] for wnid in wnids], size)
 
 
-def _tiny_imagenet(folder: Path, downloads: Path, size: int) -> None:
-    _unpacked(_TINY_IMAGENET, _TINY_IMAGENET_MD5, downloads)
-    tree = downloads / "tiny-imagenet-200"
-    files, wnids = list_tree(tree)
-    lines = (tree / "words.txt").read_text().splitlines()
-    words = dict(line.split("\t") for line in lines if "\t" in line)
-    prepare_files(folder, files, [words[wnid].split(",")[0] for wnid in wnids], 64)
+def _tiny_imagenet(subset: Subset) -> Prepare:
+    """Prepare Tiny ImageNet, or some of its classes."""
+
+    def prepare(folder: Path, downloads: Path, size: int) -> None:
+        _unpacked(_TINY_IMAGENET, _TINY_IMAGENET_MD5, downloads)
+        tree = downloads / "tiny-imagenet-200"
+        files, wnids = list_tree(tree, list(subset.classes) or None)
+        prepare_files(folder, files, subset.named(tree, wnids), subset.side)
+
+    return prepare
 
 
 SOURCES: dict[str, Source] = {
@@ -209,21 +210,43 @@ SOURCES: dict[str, Source] = {
         _from_torchvision("FashionMNIST"),
     ),
     "imagenette": Source(
-        "13,394 ImageNet photos of 10 easy classes (9,469 train, 3,925 test; 100 MB downloaded)",
+        "13,394 ImageNet photos of 10 easy classes (9,469 train, 3,925 test; 660 MB prepared at 128x128)",
         "https://github.com/fastai/imagenette",
         _imagenette,
         size=128,
+        subset=subsets.IMAGENETTE,
+    ),
+    "imagewoof": Source(
+        "12,954 ImageNet photos of 10 dog breeds (9,025 train, 3,929 test; 640 MB prepared at 128x128)",
+        "https://github.com/fastai/imagenette",
+        size=128,
+        subset=subsets.IMAGEWOOF,
     ),
     "tiny-imagenet": Source(
         "110,000 ImageNet photos, 64x64, 200 classes (100,000 train, 10,000 test, its validation "
         "split; 1.4 GB prepared)",
         "http://cs231n.stanford.edu/",
-        _tiny_imagenet,
+        _tiny_imagenet(subsets.TINY),
+        subset=subsets.TINY,
     ),
-    "imagewoof": Source(
-        "12,954 ImageNet photos of 10 dog breeds", "https://github.com/fastai/imagenette"
+    "tiny-imagenet-20": Source(
+        "11,000 of Tiny ImageNet's photos, 64x64, 20 classes (10,000 train, 1,000 test; 140 MB prepared)",
+        "http://cs231n.stanford.edu/",
+        _tiny_imagenet(subsets.TINY_20),
+        subset=subsets.TINY_20,
+    ),
+    "imagenet-100": Source(
+        "131,689 ImageNet photos of the 100 classes of Tian et al. (126,689 train, 5,000 test, of the "
+        "validation split; 20 GB prepared at 224x224)",
+        "https://www.image-net.org/",
+        size=224,
+        subset=subsets.IMAGENET_100,
     ),
     "imagenet": Source(
-        "1.3 million photos, 1,000 classes; a login is needed", "https://www.image-net.org/"
+        "1.3 million photos, 1,000 classes (1,281,167 train, 50,000 test, the validation split; 200 GB "
+        "prepared at 224x224); a login is needed",
+        "https://www.image-net.org/",
+        size=224,
+        subset=subsets.IMAGENET,
     ),
 }

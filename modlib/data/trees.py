@@ -7,17 +7,19 @@ import json
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 from tqdm.auto import tqdm
 
-from modlib.data.cache import PARTS, damaged, write_json, writing
+from modlib.data.cache import PARTS, damaged, reserve, write_json, writing
+from modlib.data.dataset import Array
 from modlib.data.layouts import Files, is_tree, list_tree
-from modlib.data.pictures import decode
+from modlib.data.pictures import BROKEN, decode, unreadable
 
-_BLOCK = 1024  # images decoded ahead of the one that is written
+_BLOCK = 1024  # images that wait for a thread at a time
 
 Record = list[int]  # of a file: class, size in bytes, time of the last change in nanoseconds
 
@@ -86,21 +88,25 @@ def prepare_files(
     """Decode image files straight into memory-mapped arrays, with a progress bar."""
     with writing(folder) as temporary, ThreadPoolExecutor() as pool:
         for split, listed in files.items():
-            images = np.lib.format.open_memmap(
-                temporary / f"{split}_images.npy", "w+", np.uint8, (len(listed), size, size, 3)
-            )
+            path = temporary / f"{split}_images.npy"
+            shape = (len(listed), size, size, 3)
+            images: Array = np.lib.format.open_memmap(path, "w+", np.uint8, shape)
+            reserve(path)
             bar = tqdm(total=len(listed), desc=f"{folder.name} {split}", unit="image")
+            # Filled by the threads themselves, so that none waits in memory to be written.
+            fill = partial(_decode_into, images, listed, size, exact)
             for start in range(0, len(listed), _BLOCK):
-                paths = [path for path, _ in listed[start : start + _BLOCK]]
-                decoded = pool.map(lambda path: decode(path, size, exact), paths)
-                for position, image in enumerate(decoded, start):
-                    images[position] = image
+                for _ in pool.map(fill, range(start, min(start + _BLOCK, len(listed)))):
                     bar.update()
             bar.close()
-            del images  # Windows renames no folder with a mapped file in it
+            del images, fill  # Windows renames no folder with a mapped file in it
             np.save(temporary / f"{split}_labels.npy", np.array([c for _, c in listed], np.int64))
         write_json(temporary / "classes.json", list(classes))
         write_json(temporary / "source.json", source)
+
+
+def _decode_into(images: Array, listed: Files, size: int, exact: bool, position: int) -> None:
+    images[position] = decode(listed[position][0], size, exact)
 
 
 def _common_size(path: Path) -> int:
@@ -108,10 +114,8 @@ def _common_size(path: Path) -> int:
     try:
         with Image.open(path) as picture:
             wide, high = picture.size
-    except OSError as error:
-        raise ValueError(
-            f"{path} cannot be read as an image ({error}); repair or remove it and load again."
-        ) from error
+    except BROKEN as error:
+        raise unreadable(path, error) from error
     if wide != high:
         raise ValueError(
             f"size is not given but images are not square ({path} is {wide}x{high}); pass size= "
@@ -125,7 +129,10 @@ def _records(tree: Path, files: dict[str, Files]) -> dict[str, Record]:
     records = {}
     start = len(str(tree / "_")) - 1
     for path, label in (entry for listed in files.values() for entry in listed):
-        status = os.stat(path)
+        try:
+            status = os.stat(path)
+        except OSError as error:  # such as a link to nothing
+            raise unreadable(path, error) from error
         name = str(path)[start:].replace(os.sep, "/")
         records[name] = [label, status.st_size, status.st_mtime_ns]
     return records
