@@ -19,7 +19,10 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 import modlib.cli
 import modlib.experiments
 from modlib.methods import (
+    ADMM,
     E2EBP,
+    MAC,
+    BlockCoordinateDescent,
     DelayedGradients,
     DifferenceTargetPropagation,
     FeaturesReplay,
@@ -52,6 +55,11 @@ def _dropout_between() -> ModularNetwork:
     return partition(nn.Sequential(*layers, nn.Linear(64, 10)), ["5", "9"])
 
 
+def _relus() -> ModularNetwork:
+    net = modlib.networks.mlp([64, 16, 16, 16, 10], boundary="after", seed=0)
+    return partition(net, 4)
+
+
 def _dropout() -> ModularNetwork:
     torch.manual_seed(0)
     layers = [nn.Flatten(), nn.Linear(64, 32), nn.Dropout(), nn.ReLU(), nn.Linear(32, 10)]
@@ -73,6 +81,9 @@ CASES: dict[str, tuple[Callable[[], ModularNetwork], Callable[[], Method], dict[
     "old errors": (_dropout_between, FeaturesReplay, {"epochs": 2, "precision": "float16"}),
     "learned inverses": (_cnn, lambda: l_drl(from_output=False, inverse_steps=2), {"epochs": 2}),
     "synthetic": (_tanh, lambda: SyntheticGradients(synthetic_inputs=True), {"epochs": 2}),
+    "codes": (_relus, lambda: BlockCoordinateDescent(alpha=1.0), {"epochs": 3}),
+    "multiplier": (_relus, lambda: ADMM(warm_start=1), {"epochs": 3}),
+    "growing penalty": (_relus, lambda: MAC(every=1, inner=2), {"epochs": 3}),
     "dropout": (_dropout, LocalLearning, {"epochs": 2}),
 }
 

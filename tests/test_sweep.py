@@ -87,6 +87,11 @@ def tanh(s: Setting) -> ModularNetwork:
     return modlib.partition(net, 3)
 
 
+def relus(s: Setting) -> ModularNetwork:
+    sizes = [s.channels * s.size**2, 8, 8, count(s)]
+    return modlib.partition(networks.mlp(sizes, boundary="after", seed=0), 3)
+
+
 def residual(s: Setting) -> ModularNetwork:
     net = networks.resnet(
         (4, 4), 1, count(s), channels=s.channels, size=s.size, kernel="relu", seed=0
@@ -191,6 +196,11 @@ CASES: dict[str, tuple[Callable[[], Method], Net]] = {
     "SyntheticGradients of tokens": (methods.SyntheticGradients, tokens),
     "InformationPropagation": (methods.InformationPropagation, conv),
     "TransportRegularised": (methods.TransportRegularised, residual),
+    "MAC": (methods.MAC, tanh),
+    "ADMM": (methods.ADMM, relus),
+    "BlockCoordinateDescent": (methods.BlockCoordinateDescent, relus),
+    "AlternatingMinimisation": (methods.AlternatingMinimisation, conv),
+    "LiftedNetwork": (methods.LiftedNetwork, relus),
     "Bottleneck": (lambda: methods.hsic_bottleneck(in_turn=True), conv),
     "Only": (lambda: methods.Only(methods.LocalLearning(in_turn=True), [1]), conv),
     "KeepHeads": (lambda: methods.KeepHeads(methods.LocalLearning()), conv),

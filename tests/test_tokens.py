@@ -194,6 +194,7 @@ def test_transformers_that_cannot_be_are_refused(options: dict[str, object], mes
 
 TRAINED: dict[str, Callable[[], Method]] = {
     "E2EBP": E2EBP,
+    "AlternatingMinimisation": methods.AlternatingMinimisation,
     "AugLocal": partial(AugLocal, 2),
     "DelayedGradients": methods.DelayedGradients,
     "FeaturesReplay": methods.FeaturesReplay,
@@ -213,6 +214,11 @@ TRAINED: dict[str, Callable[[], Method]] = {
     "transport": methods.transport,
 }
 REFUSED: dict[str, tuple[Callable[[], Method], str]] = {
+    **{
+        name: (getattr(methods, name), r"net: module 0 is \[.*solves for linear layers")
+        for name in ("ADMM", "BlockCoordinateDescent", "LiftedNetwork")
+    },
+    "MAC": (methods.MAC, r"net: module 0 .*codes of vectors"),
     "DifferenceTargetPropagation": (
         methods.DifferenceTargetPropagation,
         r"needs at least three modules whose outputs are vectors.*\(16, 16\)",

@@ -10,12 +10,17 @@ from modlib import networks
 from modlib.data import Loader, load
 from modlib.measure.audit import Audit, audit
 from modlib.methods import (
+    ADMM,
     E2EBP,
+    MAC,
+    AlternatingMinimisation,
     AugLocal,
+    BlockCoordinateDescent,
     DelayedGradients,
     DifferenceTargetPropagation,
     FeaturesReplay,
     InformationPropagation,
+    LiftedNetwork,
     LocalLearning,
     Method,
     ProxyObjective,
@@ -58,6 +63,16 @@ def _tanh(modules: int) -> ModularNetwork:
     return partition(networks.mlp(sizes, activation=nn.Tanh, boundary="after", seed=0), modules)
 
 
+def _before(modules: int) -> ModularNetwork:
+    sizes = [64, *[64] * (modules - 1), 10]
+    return partition(networks.mlp(sizes, activation=nn.Tanh, seed=0), modules)
+
+
+def _after(modules: int) -> ModularNetwork:
+    sizes = [64, *[64] * (modules - 1), 10]
+    return partition(networks.mlp(sizes, boundary="after", seed=0), modules)
+
+
 def _conv(modules: int) -> ModularNetwork:
     net = networks.cnn((8, 8, 16), channels=1, size=8, stride=1, kernel="relu", seed=0)
     return partition(net, modules)
@@ -78,6 +93,11 @@ _CASES: dict[str, tuple[Callable[[], Method], Callable[[int], ModularNetwork]]] 
     "TargetPropagation": (TargetPropagation, _tanh),
     "SyntheticGradients": (SyntheticGradients, _relu),
     "AugLocal": (AugLocal, _conv),
+    "MAC": (MAC, _before),
+    "ADMM": (ADMM, _after),
+    "BlockCoordinateDescent": (BlockCoordinateDescent, _after),
+    "AlternatingMinimisation": (AlternatingMinimisation, _before),
+    "LiftedNetwork": (LiftedNetwork, _after),
     "InformationPropagation": (InformationPropagation, _conv),
     "TransportRegularised": (TransportRegularised, _residual),
 }

@@ -82,6 +82,7 @@ def run(
         device=where,
         channels_last=settings.channels_last,
         schedule=recipe.schedule,
+        augment=recipe.augment,
         checkpoint=folder / "checkpoint.pt",
         resume=resume,
         progress=progress,

@@ -112,6 +112,28 @@ def _pairs(
     ]
 
 
+def angles_gone(net: ModularNetwork, batch: tuple[Tensor, Tensor]) -> list[float | None]:
+    """The angles of the step that has been taken, where weights were given new values (``methods.Assign``).
+
+    Such a weight's ``grad`` still holds its old value minus its new one, so that no step on copies is needed:
+    for a step on a whole training set that would be dear.
+
+    Args:
+        net: what was trained, cut into K modules.
+        batch: images (N, ...) and labels (N,), on which the gradient is taken, at the old weights.
+    """
+    before = copy.deepcopy(net)
+    moved: dict[Tensor, Tensor] = {}
+    with torch.no_grad():
+        for old, p in zip(before.parameters(), net.parameters(), strict=True):
+            if p.grad is not None:
+                old.add_(p.grad)
+                moved[old] = p.grad
+    truth = _gradients(before, batch)
+    pairs = [_pair(list(module.parameters()), moved, truth) for module in before]
+    return [_angle(*pair) if pair else None for pair in pairs]
+
+
 class _Held:
     """In an optimiser's place: keeps the gradients that it was to use, and moves nothing."""
 

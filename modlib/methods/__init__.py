@@ -1,6 +1,9 @@
 """How a WHOLE network is trained. A method turns a network into stages; each stage can take a step."""
 
+from modlib.methods.admm import ADMM
+from modlib.methods.alternating_minimisation import AlternatingMinimisation
 from modlib.methods.auglocal import AugLocal
+from modlib.methods.block_coordinate_descent import BlockCoordinateDescent
 from modlib.methods.delayed_gradients import DelayedGradients, FeaturesReplay
 from modlib.methods.e2ebp import E2EBP
 from modlib.methods.ensemble import Ensemble, KeepHeads
@@ -8,8 +11,10 @@ from modlib.methods.greedy import cascade, decoupled_greedy, layerwise_greedy
 from modlib.methods.greedy_infomax import greedy_infomax
 from modlib.methods.hsic import hsic_bottleneck, unformatted_accuracy
 from modlib.methods.infopro import InformationPropagation, infopro
+from modlib.methods.lifted import LiftedNetwork
 from modlib.methods.local import LocalLearning
 from modlib.methods.local_error_signals import local_error_signals
+from modlib.methods.mac import MAC
 from modlib.methods.method import Method, Stage, sgd
 from modlib.methods.mono_forward import mono_forward
 from modlib.methods.only import Only
@@ -26,8 +31,12 @@ from modlib.methods.target_propagation import (
 from modlib.methods.transport import TransportRegularised, transport
 
 __all__ = [
+    "ADMM",
     "E2EBP",
+    "MAC",
+    "AlternatingMinimisation",
     "AugLocal",
+    "BlockCoordinateDescent",
     "DelayedGradients",
     "DifferenceTargetPropagation",
     "Ensemble",
@@ -35,6 +44,7 @@ __all__ = [
     "FeaturesReplay",
     "InformationPropagation",
     "KeepHeads",
+    "LiftedNetwork",
     "LocalLearning",
     "Method",
     "Only",

@@ -7,6 +7,7 @@ from dataclasses import replace
 from functools import partial
 
 import torch
+from torch import nn
 
 from modlib import methods
 from modlib.experiments.recipes.cifar10 import RATES as CIFAR10_RATES
@@ -17,12 +18,17 @@ from modlib.experiments.recipes.recipe import (
     MNIST_DNI,
     MNIST_HSIC,
     MNIST_LONG,
+    MNIST_WIDE,
     Recipe,
     norm_mlp,
     orthogonal_mlp,
     tanh_mlp,
     watch_angles,
+    watch_sweep,
     watch_synthetic,
+    wide_before,
+    wide_mlp,
+    wide_tanh,
 )
 from modlib.methods import E2EBP, DifferenceTargetPropagation, Method, SyntheticGradients, sgd
 from modlib.networks import TanhSlope
@@ -100,6 +106,27 @@ RATES: dict[str, float] = {
     "mnist-dni": 3e-4,
 }
 
+
+def _swept(
+    name: str, method: Callable[[], Method], epochs: int = 10, n_train: int | None = None
+) -> Recipe:
+    """A perceptron of one wide hidden layer, trained by sweeps over all images."""
+    sizes = {**MNIST_WIDE, "cpu": replace(MNIST_WIDE["cpu"], epochs=epochs, n_train=n_train)}
+    return Recipe(
+        f"mnist-wide-{name}", 0, method, {}, sizes, wide_mlp, watch=watch_sweep, augment=None
+    )
+
+
+def _in_batches(
+    name: str, method: Callable[[], Method], build: Callable[..., nn.Module] = wide_mlp
+) -> Recipe:
+    """The same network, trained on batches of 128 that are not augmented either."""
+    sizes = {**MNIST_WIDE, "cpu": replace(MNIST_WIDE["cpu"], batch_size=128)}
+    return Recipe(
+        f"mnist-wide-{name}", 0, method, {}, sizes, build, watch=watch_angles, augment=None
+    )
+
+
 RECIPES: list[Recipe] = [
     *(make(RATES[name]) for name, make in TUNED.items()),
     proxy(
@@ -116,6 +143,14 @@ RECIPES: list[Recipe] = [
     *(replace(_mnist(f"mnist-{key}", make), watch=watch_angles) for key, make in _TARGETS.items()),
     _orthogonal("mnist-dtp-orthogonal", partial(DifferenceTargetPropagation, noise=0.3)),
     _orthogonal("mnist-e2ebp-orthogonal", partial(E2EBP, optimizer=_RMSPROP)),
+    _swept("bcd", partial(methods.BlockCoordinateDescent, alpha=0.1)),
+    _swept("admm", partial(methods.ADMM, warm_start=5)),
+    _swept("admm-coupled", partial(methods.ADMM, warm_start=5, coupled=True)),
+    replace(_swept("mac", partial(methods.MAC, every=2)), build=wide_tanh),
+    _swept("lifted", partial(methods.LiftedNetwork, inner=10), epochs=10, n_train=10_000),
+    _in_batches("altmin", methods.AlternatingMinimisation, wide_before),
+    _in_batches("e2ebp", partial(E2EBP, optimizer=sgd(0.1))),
+    replace(_in_batches("tanh-e2ebp", partial(E2EBP, optimizer=sgd(0.1))), build=wide_tanh),
     _late("mnist-ddg", methods.DelayedGradients),
     _late("mnist-fr", methods.FeaturesReplay),
 ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from modlib import data as datasets
 from modlib import networks
 from modlib.data import Dataset
-from modlib.measure.angles import angles, errors
+from modlib.measure.angles import angles, angles_gone, errors
 from modlib.methods import Method, Stage
 from modlib.methods.synthetic_gradients import gradient_errors
 from modlib.network import ModularNetwork, partition
@@ -87,6 +88,13 @@ MNIST_DNI = {  # hidden layers of 256 with batch norm, as Jaderberg et al. 2017
 }
 
 
+MNIST_WIDE = {  # one wide hidden layer, for sweeps over all images at once
+    "smoke": replace(MNIST["smoke"], widths=(32,)),
+    "cpu": Profile("mnist", (1000,), 10, batch_size=5000, channels_last=False),
+    "gpu": Profile("mnist", (1500,) * 3, 50, batch_size=5000, channels_last=False),
+}
+
+
 def cifar10_for(epochs: int) -> dict[str, Profile]:
     """The sizes of CIFAR-10 with so many epochs on a few cores, where 8 are usual."""
     return {**CIFAR10, "cpu": replace(CIFAR10["cpu"], epochs=epochs)}
@@ -107,6 +115,7 @@ class Recipe:
         output_apart: the output module is a stage of its own, on stored features.
         schedule: of the learning rates, as in ``modlib.fit``.
         watch: what to measure after every epoch, of (stage, network, batch), for the record's history.
+        augment: as in ``modlib.fit``.
     """
 
     name: str
@@ -118,6 +127,7 @@ class Recipe:
     output_apart: bool = False
     schedule: str | Schedule = "one-cycle"
     watch: Callable[[Stage, ModularNetwork, Batch], dict[str, Any]] | None = None
+    augment: str | None = "auto"
 
     def network(self, profile: Profile, data: Dataset, seed: int, x: Tensor) -> ModularNetwork:
         """The network, cut; x is a batch to balance the cut on."""
@@ -172,6 +182,13 @@ def trunk(
     )
 
 
+def watch_sweep(stage: Stage, net: ModularNetwork, batch: Batch) -> dict[str, Any]:
+    """Of the sweep just made: each module's angle to the gradient, in degrees, and its residuals, if any."""
+    went = [a if a is None else round(a, 3) for a in angles_gone(net, batch)]
+    residuals = getattr(stage, "residuals", None)
+    return {"angles": went, **({"residuals": residuals} if residuals else {})}
+
+
 def tanh_mlp(profile: Profile, data: Dataset, seed: int) -> nn.Module:
     """Fully connected layers that end after their tanh, as target propagation wants them."""
     pixels = torch.Size(data.shape).numel()
@@ -188,6 +205,22 @@ def orthogonal_mlp(profile: Profile, data: Dataset, seed: int) -> nn.Module:
                 nn.init.orthogonal_(layer.weight)
                 nn.init.zeros_(layer.bias)
     return net
+
+
+def wide_mlp(
+    profile: Profile, data: Dataset, seed: int, boundary: str = "after", tanh: bool = False
+) -> nn.Module:
+    """Fully connected layers whose modules end with, or begin with, their nonlinearity."""
+    pixels = torch.Size(data.shape).numel()
+    sizes = [pixels, *profile.widths, len(data.classes)]
+    activation = nn.Tanh if tanh else nn.ReLU
+    return networks.mlp(sizes, activation=activation, boundary=boundary, seed=seed)
+
+
+wide_before = partial(wide_mlp, boundary="before")  # codes are what linear layers give
+wide_tanh = partial(
+    wide_mlp, boundary="before", tanh=True
+)  # and smooth: the limit theorem of MAC holds
 
 
 def norm_mlp(profile: Profile, data: Dataset, seed: int) -> nn.Module:
