@@ -140,7 +140,12 @@ def train_and_die(case: str, checkpoint: Path, event: str, count: int) -> None:
         _die()
 
     if event == "step":  # in the middle of an epoch
-        hook = _at(count, lambda *_: None, _die)
+        kill = _at(count, lambda *_: None, _die)
+
+        def hook(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+            if not isinstance(optimizer, torch.optim.LBFGS):  # a solver within a step is no step
+                kill()
+
         register_optimizer_step_post_hook(hook)
     elif event == "half":  # half of a checkpoint is written
         torch.save = _at(count, save, half)
