@@ -71,6 +71,11 @@ class SyntheticGradients(Method):
     3
     """
 
+    @property
+    def stage_type(self) -> type[SyntheticStage]:
+        """A subclass may step in its own way."""
+        return SyntheticStage
+
     def __init__(
         self,
         synthesiser: str | MakeSynthesiser = "mlp",
@@ -113,7 +118,7 @@ class SyntheticGradients(Method):
         auxiliary = [network.to(like) for network in (*synthesisers, *predictors)]
         make = self.synthesiser_optimizer
         return [
-            SyntheticStage(
+            self.stage_type(
                 list(net),
                 self.objective.for_module((classes,), classes).to(x.device),
                 self.make_optimizers([[module] for module in net]),

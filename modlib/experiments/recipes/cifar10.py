@@ -10,7 +10,13 @@ import torch
 from torch import nn
 
 from modlib import methods, objectives
-from modlib.experiments.recipes.recipe import Recipe, cifar10_for, trunk, watch_angles
+from modlib.experiments.recipes.recipe import (
+    Recipe,
+    cifar10_for,
+    trunk,
+    watch_angles,
+    watch_synthetic,
+)
 from modlib.methods import E2EBP, Method, ProxyObjective, sgd
 from modlib.methods.method import MakeOptimizer
 from modlib.networks import ELUSlope
@@ -71,7 +77,14 @@ OTHER_ORDER: dict[str, Callable[[MakeOptimizer, int], Method]] = {
         "predsim", in_turn=True, optimizer=make
     ),
 }
-ADAM = {"pred", "sim", "predsim", "predsim-in-turn"}  # as published; all others by SGD
+ADAM = {
+    "pred",
+    "sim",
+    "predsim",
+    "predsim-in-turn",
+    "cdni",
+    "dni",
+}  # as published; all others by SGD
 
 
 # First layers of the later modules, by number of modules.
@@ -157,6 +170,20 @@ def _with_elu(key: str, lr: float) -> Recipe:
     )
 
 
+def _synthetic(modules: int, lr: float) -> Recipe:
+    """Synthetic gradients (cDNI), each from one 3×3 convolution of the maps and from the label."""
+    adam = partial(torch.optim.Adam, lr=lr)
+    method = partial(methods.SyntheticGradients, "linear", optimizer=adam)
+    return Recipe(
+        f"cifar10-cdni-k{modules}",
+        _CUTS[modules],
+        method,
+        {"lr": lr, "boundary": "after"},
+        build=partial(trunk, boundary="after"),
+        watch=watch_synthetic,
+    )
+
+
 # Those of which the other side of the ReLU is measured as well.
 BEFORE = (
     "greedy-1", "greedy-2", "cascade", "dgl", "dgl-cnn", "pred", "sim", "predsim", "mono-forward",
@@ -207,6 +234,7 @@ TUNED: dict[str, Callable[[float], Recipe]] = {
         for key, (_, numbers) in _DELAYED.items()
         for modules in numbers
     },
+    "cifar10-cdni-k3": partial(_synthetic, 3),
     **{f"cifar10-{key}-before-k3": partial(_locally, key, 3, boundary="before") for key in BEFORE},
 }
 
@@ -259,6 +287,7 @@ RATES: dict[str, float] = {
     "cifar10-fr-k3": 0.1,
     "cifar10-fr-k4": 0.3,
     "cifar10-ddg-k3": 0.3,
+    "cifar10-cdni-k3": 0.003,
 }
 
 RECIPES: list[Recipe] = [
@@ -271,6 +300,7 @@ RECIPES: list[Recipe] = [
         for epochs in (12, 16, 21, 32)
     ),
     *(_with_elu(key, 0.3) for key in _TARGETS),
+    _synthetic(6, RATES["cifar10-cdni-k3"]),
     *(_recomputing(modules, RATES["cifar10-e2ebp"]) for modules in (3, 7)),
     proxy("cifar10-proxy-untrained", _PROXIES["supcon"], 0.0),  # weights stay as drawn
     proxy(
