@@ -692,17 +692,18 @@ def test_one_is_made_ahead_in_order() -> None:
 
 
 def test_the_next_one_is_made_while_this_one_is_used() -> None:
-    second = threading.Event()
+    begun, used, seen = threading.Event(), threading.Event(), []
 
     def make(part: int) -> int:
         if part == 1:
-            second.set()
+            begun.set()
+            seen.append(used.wait(10))
         return part
 
     values = ahead(make, range(3))
-    next(values)
-    assert second.wait(10)  # nobody asked for it yet
-    values.close()  # type: ignore[attr-defined]
+    assert next(values) == 0 and begun.wait(10)  # nobody asked for it yet
+    used.set()
+    assert list(values) == [1, 2] and seen == [True]
 
 
 def test_what_goes_wrong_in_the_thread_is_raised_where_it_belongs() -> None:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from modlib.data.augment import Augment
 
 _TRIES = 10  # to draw a box that fits into the image, as torchvision does
+_CACHED = 1 << 20  # bytes that a processor's cache holds: larger batches are distorted in pieces
 _WHITE = 255.0
 _GREY = (0.299, 0.587, 0.114)  # brightness of red, green and blue, ITU-R BT.601
 
@@ -66,7 +67,15 @@ class Distortion:
         self._factors = factors
 
     def __call__(self, x: Tensor, part: slice) -> Tensor:
-        """Those images of the epoch, (B, C, H, W), distorted; ``x`` may be overwritten."""
+        """Those images of the epoch, (B, C, H, W), distorted in place."""
+        step = max(1, _CACHED // x[0].nbytes) if x.device.type == "cpu" else len(x)
+        for first in range(0, len(x), step):
+            piece = x[first : first + step]
+            start = part.start + first
+            piece.copy_(self._distorted(piece, slice(start, start + len(piece))))
+        return x
+
+    def _distorted(self, x: Tensor, part: slice) -> Tensor:
         if self._boxes is not None:
             x = resized_crops(x, self._boxes[:, part])
         for what, drawn in self._factors.items():
@@ -170,7 +179,8 @@ def turned(x: Tensor, turn: Tensor) -> Tensor:
     hue = hue + 6 * turn[:, 0]
     channels = []
     for k in (5, 3, 1):
-        a = (hue + k).remainder_(6)
+        a = hue + k
+        a = a.sub_(torch.floor(a / 6), alpha=6)  # modulo 6, five times faster than remainder
         channels.append(value - chroma * torch.minimum(a, 4 - a).clamp_(0, 1))
     return torch.stack(channels, 1)
 

@@ -207,6 +207,10 @@ class Loader:
             return take(self._images, image[part])
 
         for part, images in zip(parts, ahead(gathered, parts), strict=True):
+            if self.augment.copied == PLAIN:
+                whole = self._on_device(images)
+                yield whole.permute(0, 3, 1, 2) if self._planar else whole
+                continue
             windows = Windows(images, self.augment.copied, self.device, self._planar)
             every = np.arange(len(images))
             yield windows.crops(windows.starts(every, flip[part], row[part], column[part]))
