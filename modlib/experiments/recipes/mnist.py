@@ -144,6 +144,7 @@ RECIPES: list[Recipe] = [
     _orthogonal("mnist-dtp-orthogonal", partial(DifferenceTargetPropagation, noise=0.3)),
     _orthogonal("mnist-e2ebp-orthogonal", partial(E2EBP, optimizer=_RMSPROP)),
     _swept("bcd", partial(methods.BlockCoordinateDescent, alpha=0.1)),
+    _swept("bcd-decay", partial(methods.BlockCoordinateDescent, alpha=0.1, weight_decay=1e-3)),
     _swept("admm", partial(methods.ADMM, warm_start=5)),
     _swept("admm-coupled", partial(methods.ADMM, warm_start=5, coupled=True)),
     replace(_swept("mac", partial(methods.MAC, every=2)), build=wide_tanh),
