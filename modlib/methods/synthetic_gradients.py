@@ -13,7 +13,7 @@ gradient of each image's own loss, which does not depend on the batch's size. Ev
 bootstrap: the NEXT synthetic gradient, sent through one module.
 
 Source: Jaderberg et al. 2017 (arXiv 1608.05343), section 2.1: decoupled neural interfaces, DNI; with the
-label, cDNI; with synthetic inputs, their section 3.3. Category measured by the audit: weakly modular.
+label, cDNI; synthetic inputs, too, are theirs. Category measured by the audit: weakly modular.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ HIDDEN = {"linear": 0, "mlp": 2}  # hidden layers of a synthesiser, by its kind
 class SyntheticGradients(Method):
     """Update each module at once, by the gradient that its synthesiser predicts from its output.
 
-    Published setting: two hidden layers of 1024 for perceptrons; Adam for modules and synthesisers, at
-    3e-5 for half a million steps. Ours are a few thousand, at a higher rate.
+    The paper's synthesisers for perceptrons have hidden layers of 1024 with batch norm; Adam, a low rate and
+    very many steps (its numbers have not been checked). Ours have no batch norm, and see one image.
 
     Args:
         synthesiser: "linear", or "mlp" with two hidden layers; on maps (N, C, H, W) the layers are 3×3
