@@ -286,6 +286,18 @@ def test_no_id_comes_twice_in_a_figure_of_all_categories() -> None:
     assert all(category in page.get_text() for category in categories)
 
 
+def test_points_on_a_logarithmic_axis_read_as_plain_numbers_and_keep_their_names_inside() -> None:
+    rows = [
+        {"name": name, "category": "modular", "marker": "s", "up": [70.0], "MiB": mib}
+        for name, mib in (("low", 5.0), ("middle", 40.0), ("high", 80.0))
+    ]
+    figure = drawn(rows=rows, across={"MiB": "bytes"}, xscale="log")
+    texts = {t.text: str(t) for t in BeautifulSoup(figure.svg, "html.parser").find_all("text")}
+    assert {"5", "10", "50"} <= set(texts)
+    # 40 is in the left part of a linear axis from 5 to 80, and in the right of a logarithmic one
+    assert "text-anchor: end" in texts["middle: 70.0"] and "end" not in texts["low: 70.0"]
+
+
 def test_points_are_the_same_each_time() -> None:
     assert drawn()._repr_mimebundle_() == drawn()._repr_mimebundle_()
 

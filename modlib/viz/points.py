@@ -16,6 +16,7 @@ import matplotlib as mpl
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from modlib.viz.style import CATEGORY_COLOURS
 
@@ -71,7 +72,7 @@ def points(
         alt: what a reader who cannot see the figure needs to know.
         stays: names that are always shown, on the static picture too, each with its place beside the mark
             in points, (right, up).
-        limits: further arguments of ``Axes.set`` for all panels, such as ``ylim``.
+        limits: further arguments of ``Axes.set`` for all panels, such as ``ylim``, or ``xscale="log"``.
 
     Raises:
         ValueError: there are no rows, or one lacks a key or is of no known category.
@@ -96,6 +97,10 @@ def points(
         for i, row in enumerate(rows):
             _mark(axes, row, key, f"{i}-{place}", row["name"] in stays)
         axes.set(xlabel=label, ylabel=up, **limits)
+        if axes.get_xscale() == "log":  # with numbers that a reader can read off, 10 and not 10¹
+            axes.xaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
+            axes.xaxis.set_major_formatter("{x:g}")
+            axes.xaxis.set_minor_formatter(NullFormatter())
         for i, row in enumerate(rows):  # last, so that no mark covers a name
             _name(axes, row, key, f"{i}-{place}", stays.get(row["name"]))
     _key(panels[0, 0], rows)
@@ -117,8 +122,8 @@ def _mark(axes: Axes, row: Mapping[str, Any], key: str, place: str, stays: bool)
 def _name(
     axes: Axes, row: Mapping[str, Any], key: str, place: str, stays: tuple[float, float] | None
 ) -> None:
-    low, high = axes.get_xlim()
-    left = row[key] > low + 0.6 * (high - low)  # the name stays inside the panel
+    where = axes.transAxes.inverted().transform(axes.transData.transform((row[key], 0.0)))
+    left = where[0] > 0.6  # of the panel's width: the name stays inside
     shift = stays or (-9 if left else 9, 0)
     axes.annotate(
         f"{row['name']}: {fmean(row['up']):.1f}",
