@@ -81,6 +81,8 @@ def run(
         seed=seed,
         device=where,
         channels_last=settings.channels_last,
+        precision=settings.precision,
+        augment=recipe.augment,
         schedule=recipe.schedule,
         augment=recipe.augment,
         checkpoint=folder / "checkpoint.pt",
@@ -102,7 +104,7 @@ def run(
         "wall_s": round(sum(history.seconds), 2),
         "peak_saved_bytes": measured.peak_saved_bytes,
         "history": _history(history),
-        "final": _final(net, history, data),
+        "final": _final(net, data, recipe.flip_at_test),
         "settings": {**recipe.settings(), **asdict(settings)},
         "audit": measured.summary(),
         "costs": price,
@@ -162,14 +164,15 @@ def _history(history: History) -> list[dict[str, Any]]:
     ]
 
 
-def _final(net: ModularNetwork, history: History, data: Any) -> dict[str, float]:
+def _final(net: ModularNetwork, data: Any, flip: bool) -> dict[str, float]:
     test, train = evaluate(net, data), evaluate(net, data, "train")
-    return {
+    found = {
         "test_accuracy": test.accuracy,
         "test_loss": test.loss,
         "train_accuracy": train.accuracy,
         "train_loss": train.loss,
     }
+    return found | ({"test_accuracy_flip": evaluate(net, data, flip=True).accuracy} if flip else {})
 
 
 def _count(module: nn.Module) -> int:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from modlib import data as datasets
 from modlib import networks
-from modlib.data import Dataset
+from modlib.data import Augment, Dataset
 from modlib.measure.angles import angles, angles_gone, errors
 from modlib.methods import Method, Stage
 from modlib.methods.synthetic_gradients import gradient_errors
@@ -38,6 +38,7 @@ class Profile:
         size: resize images to this side; None leaves them.
         batch_size: images a step.
         channels_last: memory layout.
+        precision: as in ``modlib.fit``.
     """
 
     data: str
@@ -50,6 +51,7 @@ class Profile:
     size: int | None = None
     batch_size: int = 128
     channels_last: bool = True
+    precision: str = "auto"
 
     def load(self, root: str | Path | None) -> Dataset:
         """The data set, or its subset."""
@@ -114,6 +116,8 @@ class Recipe:
         build: makes the network from (profile, data, seed).
         output_apart: the output module is a stage of its own, on stored features.
         schedule: of the learning rates, as in ``modlib.fit``.
+        flip_at_test: the record says as well how the network does when each image and its mirror image are
+            averaged.
         watch: what to measure after every epoch, of (stage, network, batch), for the record's history.
         augment: as in ``modlib.fit``.
     """
@@ -126,8 +130,9 @@ class Recipe:
     build: Callable[[Profile, Dataset, int], nn.Module] = field(default_factory=lambda: trunk)
     output_apart: bool = False
     schedule: str | Schedule = "one-cycle"
+    flip_at_test: bool = False
     watch: Callable[[Stage, ModularNetwork, Batch], dict[str, Any]] | None = None
-    augment: str | None = "auto"
+    augment: Augment | str | None = "auto"
 
     def network(self, profile: Profile, data: Dataset, seed: int, x: Tensor) -> ModularNetwork:
         """The network, cut; x is a batch to balance the cut on."""
