@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import yaml
 from packaging.requirements import Requirement
+from PIL import Image
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "book").rglob("*.ipynb"))
@@ -128,6 +129,29 @@ def test_pages_show_the_library_as_it_is(notebook: Path) -> None:
     for block in shown(notebook):
         for function in functions(block):
             assert function in library, f"{notebook.name} shows what has changed; run it again"
+
+
+@pytest.mark.parametrize("page", ["README.md", "book/how-to-use.md"])
+def test_lines_that_a_page_tells_its_readers_to_type_run(
+    page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for split in ("train", "val"):
+        for name, shade in (("dark", 20), ("light", 220)):
+            (tmp_path / split / name).mkdir(parents=True)
+            for number in range(2):
+                picture = Image.new("RGB", (64, 64), (shade + number,) * 3)
+                picture.save(tmp_path / split / name / f"{number}.jpg")
+    monkeypatch.setenv("MODLIB_DATA", str(tmp_path / "prepared"))
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.S)
+    assert blocks
+    typed: dict[str, object] = {}
+    for block in blocks:
+        exec(block.replace("/path/to/folder", str(tmp_path)), typed)
+    told = capsys.readouterr().out
+    assert "Evaluation(accuracy=" in told
+    if "recomputed" in told:  # what the page says of its three ways
+        whole, recomputed, local = (int(n) for n in re.findall(r"(\d+) MiB", told))
+        assert local < recomputed < whole
 
 
 def test_no_large_file_is_tracked() -> None:
