@@ -118,7 +118,7 @@ def test_audit_prints_every_method(said: Any) -> None:
     found = json.loads(out)["audits"]
     assert status == 0
     classes = {name for name in all_methods if isinstance(getattr(methods, name), type)}
-    helpers = {"Method", "Stage", "KeepHeads", "Ensemble", "Only"}
+    helpers = {"Method", "Stage", "KeepHeads", "Ensemble", "Only", "ExactGradient"}
     assert {row["method"] for row in found} == classes - helpers
     assert {row["category"] for row in found} == set(CATEGORIES)
     status, out, _ = said("audit", "LocalLearning", "--modules", "2")

@@ -34,7 +34,10 @@ from modlib.methods import (
     Only,
     ProxyObjective,
     TransportRegularised,
+    auxiliary_variables,
     sgd,
+    synthetic_gradients,
+    target_propagation,
 )
 from modlib.network import ModularNetwork, partition
 from modlib.networks.cnn import ConvUnit
@@ -117,6 +120,20 @@ def kept(trained: bool) -> Ensemble:
     return method.ensemble(net)
 
 
+def half_frozen(trained: bool) -> ModularNetwork:
+    net = relus()
+    next(net.parameters()).requires_grad_(trained)
+    return net
+
+
+def plain_conv() -> ModularNetwork:
+    layers = [nn.Conv2d(1, 2, 3), nn.ReLU(), nn.Flatten(), nn.Linear(72, 10)]
+    return partition(nn.Sequential(*layers), ["2"])
+
+
+one_module = partial(dense, modules=1)
+relus = partial(dense, boundary="after")
+threefold = partial(dense, 16, 16, modules=3)
 proxy = partial(ProxyObjective, SupCon(kernel="relu"))
 normed = partial(dense, norm=True)
 kernelled = partial(dense, kernel="relu", modules=["features"])  # type: ignore[arg-type]
@@ -332,6 +349,94 @@ PLAIN: dict[str, Case] = {
     "target propagation": (
         fitted(dense, DifferenceTargetPropagation),
         [fitted(partial(dense, 16, 16, modules=3), DifferenceTargetPropagation)],
+    ),
+    "inverses": (
+        lambda: DifferenceTargetPropagation(inverses="true"),
+        [
+            partial(DifferenceTargetPropagation, inverses=inverses)
+            for inverses in ("learned", "exact")
+        ],
+    ),
+    "noise": (
+        fitted(threefold, partial(DifferenceTargetPropagation, noise=[0.1, 0.1])),
+        [
+            fitted(threefold, partial(DifferenceTargetPropagation, noise=noise))
+            for noise in (0.1, [0.1])
+        ],
+    ),
+    "loss of inverses": (
+        lambda: DifferenceTargetPropagation(loss="squares"),
+        [partial(DifferenceTargetPropagation, loss=loss) for loss in target_propagation.LOSSES],
+    ),
+    "direct": (
+        lambda: DifferenceTargetPropagation(direct=True),
+        [
+            fitted(
+                threefold,
+                partial(DifferenceTargetPropagation, direct=True, loss="difference"),
+            )
+        ],
+    ),
+    "step size": (
+        lambda: DifferenceTargetPropagation(step_size=0),
+        [partial(DifferenceTargetPropagation, step_size=0.1)],
+    ),
+    "synthesiser": (
+        lambda: methods.SyntheticGradients("deep"),
+        [
+            fitted(dense, partial(methods.SyntheticGradients, synthesiser))
+            for synthesiser in (*synthetic_gradients.HIDDEN, methods.ExactGradient)
+        ],
+    ),
+    "synthesiser's kind": (
+        lambda: methods.SyntheticGradients(3),  # type: ignore[arg-type]
+        [partial(methods.SyntheticGradients, synthesiser) for synthesiser in ("linear", "mlp")],
+    ),
+    "nothing to synthesise": (
+        fitted(one_module, methods.SyntheticGradients),
+        [fitted(dense, methods.SyntheticGradients)],
+    ),
+    "no codes": (
+        fitted(one_module, methods.AlternatingMinimisation),
+        [fitted(dense, methods.AlternatingMinimisation)],
+    ),
+    "codes of images": (
+        fitted(relus, methods.ADMM, augment=Augment(pad=1, flip=False)),
+        [fitted(relus, methods.ADMM, augment=None)],
+    ),
+    "layers of blocks": (
+        fitted(partial(dense, activation=nn.Tanh), methods.BlockCoordinateDescent),
+        [
+            fitted(
+                lambda: partition(modlib.networks.mlp([64, 300, 10], boundary="after"), 2),
+                methods.BlockCoordinateDescent,
+            )
+        ],
+    ),
+    "frozen layer": (
+        fitted(lambda: half_frozen(False), methods.BlockCoordinateDescent),
+        [fitted(lambda: half_frozen(True), methods.BlockCoordinateDescent)],
+    ),
+    "penalty": (
+        lambda: methods.BlockCoordinateDescent(gamma=0),
+        [partial(methods.BlockCoordinateDescent, gamma=0.1)],
+    ),
+    "decay": (
+        lambda: methods.BlockCoordinateDescent(weight_decay=-1),
+        [partial(methods.BlockCoordinateDescent, weight_decay=share) for share in (0, 0.1)],
+    ),
+    "no solution": (
+        lambda: auxiliary_variables.solve(torch.zeros(2, 2), torch.ones(2, 1), "inputs"),
+        [lambda: auxiliary_variables.solve(5 * torch.eye(2), torch.ones(2, 1), "inputs")],
+    ),
+    "codes of vectors": (fitted(plain_conv, methods.MAC), [fitted(dense, methods.MAC)]),
+    "unsteady": (
+        fitted(normed, methods.MAC),
+        [fitted(dense, methods.MAC)],
+    ),
+    "mirror": (
+        lambda: evaluate(modlib.networks.mlp([64, 10]), VECTORS, flip=True),
+        [lambda: evaluate(modlib.networks.mlp([64, 10]), VECTORS)],
     ),
     "tau": (
         lambda: TransportRegularised(tau=0),

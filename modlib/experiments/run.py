@@ -82,7 +82,6 @@ def run(
         device=where,
         channels_last=settings.channels_last,
         precision=settings.precision,
-        augment=recipe.augment,
         schedule=recipe.schedule,
         augment=recipe.augment,
         checkpoint=folder / "checkpoint.pt",

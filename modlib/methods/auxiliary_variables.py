@@ -16,6 +16,7 @@ weakly modular.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -50,7 +51,7 @@ class Assign(Optimizer):
 Codes = dict[str, list[Tensor]]
 
 
-class CodesStage(Stage):
+class CodesStage(Stage, ABC):
     """All modules and the codes of all images; one step is one sweep over the blocks.
 
     Attributes:
@@ -117,17 +118,17 @@ class CodesStage(Stage):
         self.weights = self.present()
         yield from self.blocks(x, self.one_hot(y, x))
 
+    @abstractmethod
     def begin(self, x: Tensor) -> Codes:
         """The codes that the network's own outputs are."""
-        raise NotImplementedError
 
+    @abstractmethod
     def blocks(self, x: Tensor, y: Tensor) -> Iterator[str]:
         """Solve for the blocks of one sweep, in order; y are one-hot labels (N, classes)."""
-        raise NotImplementedError
 
+    @abstractmethod
     def terms(self, x: Tensor, y: Tensor) -> list[Tensor]:
         """Each module's term of the objective, summed over images; y are one-hot labels."""
-        raise NotImplementedError
 
     @torch.no_grad()
     def objective(self, x: Tensor, y: Tensor) -> Tensor:
@@ -150,9 +151,9 @@ class CodesStage(Stage):
         """Labels (N,) as rows (N, classes) with a single 1."""
         return F.one_hot(y, self.classes).to(self.present()[0][0].dtype)
 
+    @abstractmethod
     def targets(self) -> list[Tensor]:
         """The hidden modules' codes: what their outputs should be."""
-        raise NotImplementedError
 
     def _distances(self, x: Tensor, y: Tensor) -> list[Tensor]:
         targets = self.targets()
