@@ -17,7 +17,7 @@ from modlib.data import Dataset
 from modlib.experiments import RECIPES, environment, run
 from modlib.experiments.audits import audits
 from modlib.experiments.compare import compare
-from modlib.experiments.recipes import papers
+from modlib.experiments.recipes import papers, strong
 from modlib.experiments.recipes.recipe import Profile, Recipe
 
 RESULTS = Path(__file__).parents[1] / "book" / "results"
@@ -144,8 +144,11 @@ def test_every_recipe_is_compared_on_the_same_network_and_data() -> None:
         ("mnist-cnn-supcon", "mnist-cnn-e2ebp"),
         ("mnist-e2ebp", "mnist-dtp", "mnist-ddg", "mnist-fr"),
         ("mnist-norm-e2ebp", "mnist-hsic"),
+        tuple(r.name for r in strong.RECIPES if not r.name.endswith("-without-whitening")),
     )
-    apart = {recipe.name for recipe in papers.RECIPES} | {name for pair in pairs for name in pair}
+    apart = {recipe.name for recipe in (*papers.RECIPES, *strong.RECIPES)} | {
+        name for pair in pairs for name in pair
+    }
     apart |= {name for name in RECIPES if name.endswith("-epochs")}  # more of them on purpose
     for names in ([name for name in RECIPES if name not in apart], *pairs):
         group = [RECIPES[name] for name in names]

@@ -42,7 +42,7 @@ class Ingredients:
         norm_momentum: of the batch norms' running statistics.
     """
 
-    lr: float = 0.3
+    lr: float = 1.0
     momentum: float = 0.85
     decay: float = 5e-4
     decoupled: bool = True
@@ -67,7 +67,7 @@ def strong_cnn(
     ingredients: Ingredients, profile: Profile, data: Dataset, seed: int, boundary: str = "after"
 ) -> nn.Module:
     """The whitened network; its whitening is that of some training images."""
-    images, _ = Loader(data).sample(2000)
+    images, _ = Loader(data).sample(min(2000, len(data.train_labels)))
     net = networks.whitened_cnn(
         images,
         profile.widths,
@@ -109,7 +109,13 @@ WITHOUT: Mapping[str, Ingredients] = {
     "whitening": replace(FULL, whiten=False),
     "alternating-flip": replace(FULL, flip=True),
     "smoothing": replace(FULL, smoothing=0.0),
-    "decoupled-decay": replace(FULL, decoupled=False, decay=5e-4 * FULL.lr),
+    "decoupled-decay": replace(FULL, decoupled=False),
     "bias-rate": replace(FULL, bias_rate=1.0),
     "norm-momentum": replace(FULL, norm_momentum=0.1),
 }
+
+
+RECIPES: list[Recipe] = [
+    e2ebp("cifar10-strong-e2ebp", FULL),
+    *(e2ebp(f"cifar10-strong-e2ebp-without-{name}", rest) for name, rest in WITHOUT.items()),
+]
