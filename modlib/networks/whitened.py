@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from modlib.kernels import double
 from modlib.networks.boundary import check_boundary
 from modlib.networks.cnn import with_head
 from modlib.networks.seeding import seeded
@@ -53,7 +54,7 @@ class Whitening(nn.Module):
                 f"images must be (N, C, H, W) with sides of {patch} pixels or more, but have shape "
                 f"{tuple(images.shape)}."
             )
-        patches = F.unfold(images.double(), patch).transpose(1, 2).flatten(0, 1)
+        patches = F.unfold(double(images), patch).transpose(1, 2).flatten(0, 1)
         values, vectors = torch.linalg.eigh(patches.T @ patches / len(patches))
         vectors = vectors * vectors.sum(0).sign()  # an eigenvector's sign is the library's choice
         rows = (vectors / (values + floor).sqrt()).T.view(-1, images.shape[1], patch, patch)

@@ -121,7 +121,7 @@ def _in_batches(
     name: str, method: Callable[[], Method], build: Callable[..., nn.Module] = wide_mlp
 ) -> Recipe:
     """The same network, trained on batches of 128 that are not augmented either."""
-    sizes = {**MNIST_WIDE, "cpu": replace(MNIST_WIDE["cpu"], batch_size=128)}
+    sizes = {name: replace(size, batch_size=128) for name, size in MNIST_WIDE.items()}
     return Recipe(
         f"mnist-wide-{name}", 0, method, {}, sizes, build, watch=watch_angles, augment=None
     )
