@@ -343,7 +343,7 @@ def _with(synthetic: Tensor, out: Tensor) -> Tensor:
 
 
 def gradient_errors(stage: Stage, net: ModularNetwork, batch: tuple[Tensor, Tensor]) -> list[float]:
-    r"""How far each synthetic gradient is from the true one: ε of the theorem of inexact gradients.
+    r"""How far each synthetic gradient is from the true one, at the outputs (updates: ``errors``).
 
     .. math:: \varepsilon_k = \lVert \hat\delta_k - \delta_k \rVert / \lVert \delta_k \rVert
 
