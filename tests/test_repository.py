@@ -138,7 +138,7 @@ def test_lines_that_a_page_tells_its_readers_to_type_run(
     for split in ("train", "val"):
         for name, shade in (("dark", 20), ("light", 220)):
             (tmp_path / split / name).mkdir(parents=True)
-            for number in range(2):
+            for number in range(8):
                 picture = Image.new("RGB", (64, 64), (shade + number,) * 3)
                 picture.save(tmp_path / split / name / f"{number}.jpg")
     monkeypatch.setenv("MODLIB_DATA", str(tmp_path / "prepared"))

@@ -289,7 +289,7 @@ class SyntheticStage(Stage):
             given, guess = self._input(k, x, h)
             out = module(given)
             synthetic = self._synthetic(k, out, y)
-            loss = self.objectives[0](out, y) if synthetic is None else _with(synthetic, out)
+            loss = self.objectives[0](out, y) if synthetic is None else inner_with(synthetic, out)
             arrived = self._descend(k, loss, given)
             if predicted is not None:
                 losses.append(self._learn(k - 1, predicted, arrived))
@@ -337,7 +337,7 @@ class SyntheticStage(Stage):
             yield what, owner, network.parameters()
 
 
-def _with(synthetic: Tensor, out: Tensor) -> Tensor:
+def inner_with(synthetic: Tensor, out: Tensor) -> Tensor:
     """A function of the output (N, ...) whose gradient is the synthetic one, averaged over the batch."""
     return (out * synthetic.detach()).sum() / len(out)
 
