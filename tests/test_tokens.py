@@ -203,6 +203,7 @@ TRAINED: dict[str, Callable[[], Method]] = {
     "LocalLearning": LocalLearning,
     "Only": lambda: Only(LocalLearning(in_turn=True), [1]),
     "ProxyObjective": lambda: ProxyObjective(SupCon(kernel="relu")),
+    "SyntheticGradients": methods.SyntheticGradients,
     "TransportRegularised": TransportRegularised,
     "cascade": methods.cascade,
     "decoupled_greedy": methods.decoupled_greedy,
@@ -251,7 +252,7 @@ def cut(kernel: str | None = None) -> ModularNetwork:
 
 
 def test_every_method_is_told_here_whether_it_takes_tokens() -> None:
-    other = {"Ensemble", "Method", "Stage", "sgd", "unformatted_accuracy"}
+    other = {"Ensemble", "ExactGradient", "Method", "Stage", "sgd", "unformatted_accuracy"}
     assert TRAINED.keys() | REFUSED.keys() == set(methods.__all__) - other
 
 

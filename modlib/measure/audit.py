@@ -455,7 +455,8 @@ class _Watch:
         self.backward_bytes = [0] * len(net)
         self._owned = {id(p) for p in net.parameters()}
         self._entries: list[_Entry] = []
-        self._kept: set[int] = set()  # addresses of what the stage has kept from earlier steps
+        # What the stage has kept from earlier steps, by address: held, or another tensor may come to lie there.
+        self._kept: dict[int, Tensor] = {}
         self._passes: dict[int, int] = {}  # autograd's name of a backward pass -> its number
         self._stack = ExitStack()
 
@@ -465,7 +466,7 @@ class _Watch:
         self._entries.clear()
         self._passes.clear()
         self.forward_bytes, self.backward_bytes = ([0] * len(self.net) for _ in range(2))
-        self._kept = {tensor.data_ptr() for tensor in self.stage.kept()}
+        self._kept = {tensor.data_ptr(): tensor for tensor in self.stage.kept()}
 
     def __enter__(self) -> _Watch:
         for k, module in enumerate(self.net):
