@@ -202,7 +202,7 @@ def test_committed_records_keep_the_contract(path: Path) -> None:
     assert not record["commit"].endswith("+"), "made from a tree with changes that no commit has"
     recipe = RECIPES[record["recipe"]]
     settings = record["settings"]
-    assert settings["lr"] == recipe.note["lr"]
+    assert settings.get("lr") == recipe.note.get("lr")  # blocks that are solved for have none
     assert settings["epochs"] == recipe.profiles[record["profile"]].epochs
 
 
