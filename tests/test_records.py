@@ -16,7 +16,7 @@ from modlib.experiments import run, transfer
 from modlib.experiments.certify import certify
 from modlib.experiments.few_labels import few_labels
 from modlib.experiments.kept import kept
-from modlib.experiments.recipes import RATES, RECIPES, TUNED
+from modlib.experiments.recipes import RATES, RECIPES, TUNED, cifar10, mnist, papers, strong
 from modlib.experiments.shelve import shelve
 from modlib.experiments.tune import FLAT, FLAT_START, LADDER, rates, search
 
@@ -43,6 +43,12 @@ def test_every_tuned_recipe_uses_the_rate_that_the_search_found_best() -> None:
     best = {name: float(max(tried, key=lambda lr: tried[lr])) for name, tried in stable().items()}
     assert best == RATES
     assert set(RATES) == set(TUNED)
+
+
+def test_a_tuned_recipe_is_listed_once_and_at_its_rate() -> None:
+    listed = [r for room in (cifar10, mnist, papers, strong) for r in room.RECIPES]
+    assert len({recipe.name for recipe in listed}) == len(listed)
+    assert {name: RECIPES[name].note["lr"] for name in RATES} == RATES
 
 
 @pytest.mark.parametrize("name", sorted(RATES))

@@ -224,12 +224,8 @@ class Stage:
                 part.load_state_dict(saved)
 
 
-_PARTS = (
-    "objectives",
-    "optimizers",
-    "scalers",
-    "auxiliary",
-)  # of a stage, with a state of their own
+# Of a stage, with a state of their own.
+_PARTS = ("objectives", "optimizers", "scalers", "auxiliary")
 
 
 def update(loss: Tensor, optimizer: Optimizer, scaler: torch.amp.GradScaler) -> None:

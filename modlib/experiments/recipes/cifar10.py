@@ -77,14 +77,7 @@ OTHER_ORDER: dict[str, Callable[[MakeOptimizer, int], Method]] = {
         "predsim", in_turn=True, optimizer=make
     ),
 }
-ADAM = {
-    "pred",
-    "sim",
-    "predsim",
-    "predsim-in-turn",
-    "cdni",
-    "dni",
-}  # as published; all others by SGD
+ADAM = {"pred", "sim", "predsim", "predsim-in-turn", "cdni"}  # as published; all others by SGD
 
 
 # First layers of the later modules, by number of modules.
@@ -301,7 +294,6 @@ RECIPES: list[Recipe] = [
         )
         for epochs in (12, 16, 21, 32)
     ),
-    *(_with_elu(key, 0.3) for key in _TARGETS),
     _synthetic(6, RATES["cifar10-cdni-k3"]),
     *(_with_elu(key, 0.3) for key in ("l-drl", "dtp")),
     *(_recomputing(modules, RATES["cifar10-e2ebp"]) for modules in (3, 7)),
