@@ -64,6 +64,9 @@ def tune(recipe: Recipe, data: Dataset, epochs: int) -> float:
             epochs=recipe.epochs(profile, len(net)),
             batch_size=profile.batch_size,
             channels_last=profile.channels_last,
+            precision=profile.precision,
+            schedule=recipe.schedule,
+            augment=recipe.augment,
             progress=False,
         )
     except FloatingPointError:

@@ -88,8 +88,6 @@ MNIST_DNI = {  # hidden layers of 256 with batch norm, as Jaderberg et al. 2017
     "cpu": Profile("mnist", (256,) * 3, 10, channels_last=False),
     "gpu": Profile("mnist", (256,) * 5, 100, channels_last=False),
 }
-
-
 MNIST_WIDE = {  # one wide hidden layer, for sweeps over all images at once
     "smoke": replace(MNIST["smoke"], widths=(32,)),
     "cpu": Profile("mnist", (1000,), 10, batch_size=5000, channels_last=False),
@@ -194,11 +192,17 @@ def watch_sweep(stage: Stage, net: ModularNetwork, batch: Batch) -> dict[str, An
     return {"angles": went, **({"residuals": residuals} if residuals else {})}
 
 
-def tanh_mlp(profile: Profile, data: Dataset, seed: int) -> nn.Module:
-    """Fully connected layers that end after their tanh, as target propagation wants them."""
+def dense(profile: Profile, data: Dataset, seed: int, **options: Any) -> nn.Module:
+    """Fully connected layers; options are those of ``networks.mlp``."""
     pixels = torch.Size(data.shape).numel()
-    sizes = [pixels, *profile.widths, len(data.classes)]
-    return networks.mlp(sizes, activation=nn.Tanh, boundary="after", seed=seed)
+    return networks.mlp([pixels, *profile.widths, len(data.classes)], seed=seed, **options)
+
+
+tanh_mlp = partial(dense, activation=nn.Tanh, boundary="after")  # as target propagation wants them
+norm_mlp = partial(dense, boundary="after", norm=True)  # as the HSIC bottleneck does
+wide_mlp = partial(dense, boundary="after")
+wide_before = dense  # codes are what linear layers give
+wide_tanh = partial(dense, activation=nn.Tanh)  # and smooth: the limit theorem of MAC holds
 
 
 def orthogonal_mlp(profile: Profile, data: Dataset, seed: int) -> nn.Module:
@@ -210,29 +214,6 @@ def orthogonal_mlp(profile: Profile, data: Dataset, seed: int) -> nn.Module:
                 nn.init.orthogonal_(layer.weight)
                 nn.init.zeros_(layer.bias)
     return net
-
-
-def wide_mlp(
-    profile: Profile, data: Dataset, seed: int, boundary: str = "after", tanh: bool = False
-) -> nn.Module:
-    """Fully connected layers whose modules end with, or begin with, their nonlinearity."""
-    pixels = torch.Size(data.shape).numel()
-    sizes = [pixels, *profile.widths, len(data.classes)]
-    activation = nn.Tanh if tanh else nn.ReLU
-    return networks.mlp(sizes, activation=activation, boundary=boundary, seed=seed)
-
-
-wide_before = partial(wide_mlp, boundary="before")  # codes are what linear layers give
-wide_tanh = partial(
-    wide_mlp, boundary="before", tanh=True
-)  # and smooth: the limit theorem of MAC holds
-
-
-def norm_mlp(profile: Profile, data: Dataset, seed: int) -> nn.Module:
-    """Fully connected layers with batch norm and ReLU, as the HSIC bottleneck wants them."""
-    pixels = torch.Size(data.shape).numel()
-    sizes = [pixels, *profile.widths, len(data.classes)]
-    return networks.mlp(sizes, boundary="after", norm=True, seed=seed)
 
 
 # --- networks of the papers -----------------------------------------------------------------------
