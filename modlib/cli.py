@@ -248,7 +248,3 @@ def _audit(options: argparse.Namespace) -> None:
         print(json.dumps({"audits": [{"method": a.method, **a.summary()} for a in found]}))
         return
     print("\n\n".join(str(a) for a in found))
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -177,7 +177,7 @@ def test_errors_are_one_sentence(
 
 def test_a_reader_that_goes_away_is_no_error() -> None:
     process = subprocess.Popen(
-        [sys.executable, "-m", "modlib.cli", "data", "list"],
+        [sys.executable, "-m", "modlib", "data", "list"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
     )
