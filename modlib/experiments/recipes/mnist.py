@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -17,11 +18,9 @@ from modlib.experiments.recipes.recipe import (
     MNIST_CNN,
     MNIST_DNI,
     MNIST_HSIC,
-    MNIST_LONG,
     MNIST_WIDE,
     Recipe,
     norm_mlp,
-    orthogonal_mlp,
     tanh_mlp,
     watch_angles,
     watch_sweep,
@@ -35,37 +34,28 @@ from modlib.networks import TanhSlope
 from modlib.objectives import SupCon
 
 
-def _mnist(name: str, method: Callable[[], Method]) -> Recipe:
-    """A tanh network cut after every layer, trained by RMSprop as Lee et al. 2015 did."""
-    return Recipe(name, 0, method, {"lr": 1e-3}, MNIST, tanh_mlp)
+def _tanh(
+    name: str, lr: float, method: Callable[..., Method], augment: str | None = None
+) -> Recipe:
+    """A tanh network cut after every layer, trained by RMSprop as Lee et al. 2015 did; images are not shifted."""
+    rmsprop = partial(torch.optim.RMSprop, lr=lr)
+    names = {"optimizer", "inverse_optimizer"} & {*inspect.signature(method).parameters}
+    make = partial(method, **dict.fromkeys(names, rmsprop))
+    note = {"lr": lr, **({} if augment else {"augment": "none"})}
+    return Recipe(name, 0, make, note, MNIST, tanh_mlp, watch=watch_angles, augment=augment)
 
 
-_RMSPROP = partial(torch.optim.RMSprop, lr=1e-3)
-
-# Target propagation beside plain DTP: without the correction, and with inverses learned on other losses.
-_TARGETS: dict[str, Callable[[], Method]] = {
+# Targets, and errors that come down one layer a step; one rate for modules and inverses.
+_TANH: dict[str, Callable[..., Method]] = {
+    "e2ebp": E2EBP,
     "tp": methods.TargetPropagation,
+    "dtp": DifferenceTargetPropagation,
     "dtp-drl": methods.dtp_drl,
     "ddtp": methods.ddtp,
-    "l-drl": partial(
-        methods.l_drl,
-        optimizer=_RMSPROP,
-        inverse_optimizer=_RMSPROP,
-        input_activation=TanhSlope,
-    ),
+    "l-drl": partial(methods.l_drl, input_activation=TanhSlope),
+    "ddg": methods.DelayedGradients,
+    "fr": methods.FeaturesReplay,
 }
-
-
-def _orthogonal(name: str, method: Callable[[], Method]) -> Recipe:
-    """For 40 epochs, from orthogonal matrices, which leave less for inverses to learn."""
-    longer = replace(_mnist(name, method), profiles=MNIST_LONG, build=orthogonal_mlp)
-    return replace(longer, note={"lr": 1e-3, "weights": "orthogonal"}, watch=watch_angles)
-
-
-def _late(name: str, method: type[methods.DelayedGradients]) -> Recipe:
-    """The same, by errors that come down one layer a step."""
-    make = partial(method, optimizer=_RMSPROP)
-    return replace(_mnist(name, make), watch=watch_angles)
 
 
 def _mnist_norm(name: str, lr: float, method: Callable[[], Method]) -> Recipe:
@@ -98,12 +88,24 @@ TUNED: dict[str, Callable[[float], Recipe]] = {
     "mnist-cdni": partial(_mnist_synthetic, "mlp", "mnist-cdni"),
     "mnist-cdni-linear": partial(_mnist_synthetic, "linear", "mnist-cdni-linear"),
     "mnist-dni": partial(_mnist_synthetic, "mlp", "mnist-dni"),
+    **{
+        f"mnist-{key}": partial(_tanh, f"mnist-{key}", method=method)
+        for key, method in _TANH.items()
+    },
 }
 RATES: dict[str, float] = {
     "mnist-dni-e2ebp": 3e-3,
     "mnist-cdni": 1e-3,
     "mnist-cdni-linear": 3e-3,
     "mnist-dni": 3e-4,
+    "mnist-e2ebp": 3e-3,
+    "mnist-tp": 1e-3,
+    "mnist-dtp": 1e-3,
+    "mnist-dtp-drl": 3e-3,
+    "mnist-ddtp": 0.01,
+    "mnist-l-drl": 3e-3,
+    "mnist-ddg": 1e-3,
+    "mnist-fr": 1e-3,
 }
 
 
@@ -138,11 +140,8 @@ RECIPES: list[Recipe] = [
     e2ebp("mnist-cnn-e2ebp", CIFAR10_RATES["cifar10-e2ebp"], profiles=MNIST_CNN),
     _mnist_norm("mnist-hsic", 0.1, methods.hsic_bottleneck),
     _mnist_norm("mnist-norm-e2ebp", 0.1, partial(E2EBP, optimizer=sgd(0.1))),
-    _mnist("mnist-dtp", DifferenceTargetPropagation),
-    _mnist("mnist-e2ebp", partial(E2EBP, optimizer=_RMSPROP)),
-    *(replace(_mnist(f"mnist-{key}", make), watch=watch_angles) for key, make in _TARGETS.items()),
-    _orthogonal("mnist-dtp-orthogonal", partial(DifferenceTargetPropagation, noise=0.3)),
-    _orthogonal("mnist-e2ebp-orthogonal", partial(E2EBP, optimizer=_RMSPROP)),
+    _tanh("mnist-e2ebp-shifted", 1e-3, E2EBP, "auto"),
+    _tanh("mnist-dtp-shifted", 1e-3, DifferenceTargetPropagation, "auto"),
     _swept("bcd", partial(methods.BlockCoordinateDescent, alpha=0.1)),
     _swept("bcd-decay", partial(methods.BlockCoordinateDescent, alpha=0.1, weight_decay=1e-3)),
     _swept("admm", partial(methods.ADMM, warm_start=5)),
@@ -152,6 +151,4 @@ RECIPES: list[Recipe] = [
     _in_batches("altmin", methods.AlternatingMinimisation, wide_before),
     _in_batches("e2ebp", partial(E2EBP, optimizer=sgd(0.1))),
     replace(_in_batches("tanh-e2ebp", partial(E2EBP, optimizer=sgd(0.1))), build=wide_tanh),
-    _late("mnist-ddg", methods.DelayedGradients),
-    _late("mnist-fr", methods.FeaturesReplay),
 ]

@@ -18,7 +18,6 @@ from modlib.measure.angles import angles, angles_gone, errors
 from modlib.methods import Method, Stage
 from modlib.methods.synthetic_gradients import gradient_errors
 from modlib.network import ModularNetwork, partition
-from modlib.networks.seeding import seeded
 from modlib.training import Schedule
 
 Batch = tuple[Tensor, Tensor]
@@ -77,7 +76,6 @@ MNIST = {
     "cpu": Profile("mnist", (240,) * 5, 10, channels_last=False),
     "gpu": Profile("mnist", (240,) * 7, 100, channels_last=False),
 }
-MNIST_LONG = {**MNIST, "cpu": replace(MNIST["cpu"], epochs=40)}
 MNIST_HSIC = {  # five layers of 128 and batches of 512, as Ma et al. 2020
     "smoke": MNIST["smoke"],
     "cpu": Profile("mnist", (128,) * 5, 10, batch_size=512, channels_last=False),
@@ -203,17 +201,6 @@ norm_mlp = partial(dense, boundary="after", norm=True)  # as the HSIC bottleneck
 wide_mlp = partial(dense, boundary="after")
 wide_before = dense  # codes are what linear layers give
 wide_tanh = partial(dense, activation=nn.Tanh)  # and smooth: the limit theorem of MAC holds
-
-
-def orthogonal_mlp(profile: Profile, data: Dataset, seed: int) -> nn.Module:
-    """The same, but each layer starts as an orthogonal matrix, whose inverse is its transpose."""
-    net = tanh_mlp(profile, data, seed)
-    with seeded(seed):
-        for layer in net.modules():
-            if isinstance(layer, nn.Linear):
-                nn.init.orthogonal_(layer.weight)
-                nn.init.zeros_(layer.bias)
-    return net
 
 
 # --- networks of the papers -----------------------------------------------------------------------
