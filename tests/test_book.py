@@ -17,7 +17,9 @@ from bs4 import BeautifulSoup, Tag
 
 ROOT = Path(__file__).parents[1]
 CONTENTS = yaml.safe_load((ROOT / "_toc.yml").read_text())
-PAGES = [CONTENTS["root"]] + [c["file"] for part in CONTENTS["parts"] for c in part["chapters"]]
+LISTED = [page for part in CONTENTS["parts"] for page in part["chapters"]]
+SECTIONS = [section for page in LISTED for section in page.get("sections", [])]
+PAGES = [CONTENTS["root"], *(page["file"] for page in LISTED + SECTIONS)]
 NOTEBOOKS = [name for name in PAGES if (ROOT / f"{name}.ipynb").exists()]
 CHAPTERS = [c["file"] for part in CONTENTS["parts"] if "numbered" in part for c in part["chapters"]]
 ADDRESS = "https://github.com/someone/something"

@@ -343,9 +343,10 @@ def test_tidy_makes_two_runs_equal() -> None:
 
 def test_contents_list_every_page_once() -> None:
     contents = yaml.safe_load((ROOT / "_toc.yml").read_text())
-    listed = [contents["root"]] + [
-        c["file"] for part in contents["parts"] for c in part["chapters"]
-    ]
+    listed = [contents["root"]]
+    for part in contents["parts"]:
+        for page in part["chapters"]:
+            listed += [page["file"], *(section["file"] for section in page.get("sections", []))]
     pages = {
         str(path.relative_to(ROOT).with_suffix(""))
         for path in (ROOT / "book").rglob("*")
@@ -402,6 +403,17 @@ def test_what_has_to_be_unfolded_does_not_count() -> None:
     assert all(word in shown for word in ("one", "three", "five", "eight", "x = 1"))
     assert all(word in folded for word in ("four", "six", "$$")) and "eight" not in folded
     assert shown.count("{prf:proof}") == folded.count("{prf:proof}") == 1
+
+
+def test_the_budget_counts_every_word_of_the_text(tmp_path: Path) -> None:
+    folded = ":::{admonition} Algebra\n:class: dropdown\nthree $a + b$\n:::"
+    text = ["# Title\n*Reading time: 1 minutes (1 words and one formula).*", folded, "not counted"]
+    kinds = ["markdown", "markdown", "code"]
+    written = [{"cell_type": kind, "source": [part]} for kind, part in zip(kinds, text, strict=True)]
+    path = tmp_path / "chapter.ipynb"
+    path.write_text(json.dumps({"cells": written}))
+    assert reading["reading"](path).total == 11 + 9
+    assert reading["budget"](False) == 5000 and reading["budget"](True) == 6000
 
 
 def test_citation_keys_exist() -> None:

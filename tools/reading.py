@@ -3,7 +3,9 @@
     python tools/reading.py
 
 prints for every chapter its words, its proofs and displayed formulas, and its minutes: 200 words a minute, and a
-minute for each displayed formula. Only what is open counts: code, outputs, folded boxes and solutions do not.
+minute for each displayed formula. For these only what is open counts: code, outputs, folded boxes and solutions
+do not. The budget is for *all* words of a chapter's text, folded or not, formulas and markup included: a chapter
+over it is named, and the command fails. What does not fit moves to the appendix of proofs.
 """
 
 import json
@@ -15,6 +17,7 @@ from typing import Any
 import yaml
 
 ROOT = Path(__file__).parents[1]
+BUDGET, BUDGET_STARRED = 5000, 6000  # words in all
 LINE = re.compile(r"^\*Reading time: .*$", re.MULTILINE)
 _FENCE = re.compile(r"^\s*(:{3,}|`{3,})(.*)$")
 _FORMULA = re.compile(r"\$\$.*?\$\$", re.DOTALL)
@@ -30,12 +33,14 @@ class Reading:
         folded: words in boxes that a reader has to open.
         formulas: displayed, in open text.
         proofs: open.
+        total: words in all, as `str.split` finds them.
     """
 
     words: int
     folded: int
     formulas: int
     proofs: int
+    total: int
 
     @property
     def minutes(self) -> int:
@@ -68,13 +73,20 @@ def _cells(path: Path) -> list[dict[str, Any]]:
 
 def reading(path: Path) -> Reading:
     """Measure a chapter."""
-    text = [
-        LINE.sub("", "".join(c["source"])) for c in _cells(path) if c["cell_type"] == "markdown"
-    ]
-    shown, folded = split("\n\n".join(text))
+    text = "\n\n".join("".join(c["source"]) for c in _cells(path) if c["cell_type"] == "markdown")
+    shown, folded = split(LINE.sub("", text))
     return Reading(
-        _count(shown), _count(folded), len(_FORMULA.findall(shown)), shown.count("{prf:proof}")
+        words=_count(shown),
+        folded=_count(folded),
+        formulas=len(_FORMULA.findall(shown)),
+        proofs=shown.count("{prf:proof}"),
+        total=len(text.split()),
     )
+
+
+def budget(starred: bool) -> int:
+    """The most words that a chapter may have."""
+    return BUDGET_STARRED if starred else BUDGET
 
 
 def split(text: str) -> tuple[str, str]:
@@ -119,7 +131,8 @@ def _count(text: str) -> int:
 
 
 def main() -> None:
-    """Write each chapter's line and print the table."""
+    """Write each chapter's line, print the table, and fail if a chapter is too long."""
+    too_long = []
     for path, starred in chapters(ROOT).items():
         found = reading(path)
         text = path.read_text(encoding="utf-8")
@@ -132,8 +145,12 @@ def main() -> None:
         name = f"{path.relative_to(ROOT / 'book').with_suffix('')}{' *' * starred}"
         print(
             f"{name:<40}{found.words:>6} words{found.folded:>6} folded{found.proofs:>3} proofs"
-            f"{found.formulas:>3} formulas{found.minutes:>4} min"
+            f"{found.formulas:>3} formulas{found.minutes:>4} min{found.total:>6} in all"
         )
+        if found.total > budget(starred):
+            too_long.append(f"{name} has {found.total} words; {budget(starred)} are its budget")
+    if too_long:
+        raise SystemExit("\n".join(too_long))
 
 
 if __name__ == "__main__":
