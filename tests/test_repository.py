@@ -409,7 +409,9 @@ def test_the_budget_counts_every_word_of_the_text(tmp_path: Path) -> None:
     folded = ":::{admonition} Algebra\n:class: dropdown\nthree $a + b$\n:::"
     text = ["# Title\n*Reading time: 1 minutes (1 words and one formula).*", folded, "not counted"]
     kinds = ["markdown", "markdown", "code"]
-    written = [{"cell_type": kind, "source": [part]} for kind, part in zip(kinds, text, strict=True)]
+    written = [
+        {"cell_type": kind, "source": [part]} for kind, part in zip(kinds, text, strict=True)
+    ]
     path = tmp_path / "chapter.ipynb"
     path.write_text(json.dumps({"cells": written}))
     assert reading["reading"](path).total == 11 + 9
