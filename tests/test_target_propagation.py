@@ -374,8 +374,8 @@ def test_more_updates_of_the_inverses_and_noise_for_each(batch: tuple[Tensor, Te
             lambda: TargetPropagation(inverses="true"),
             "inverses='true': choose 'learned' or 'exact'",
         ),
-        (lambda: TargetPropagation(0.0), "step_size=0.0: give a number above 0"),
-        (lambda: TargetPropagation(noise=[0.1, -1]), r"noise=\[0.1, -1\]: give a number above 0"),
+        (lambda: TargetPropagation(0.0), "step_size=0.0: give a finite number above 0"),
+        (lambda: TargetPropagation(noise=[0.1, -1]), r"noise=-1: give a finite number above 0"),
         (lambda: TargetPropagation(inverse_steps=0), "inverse_steps=0: give a whole number"),
         (lambda: DifferenceTargetPropagation(loss="l2"), "loss='l2': choose 'reconstruction', "),
         (

@@ -27,13 +27,12 @@ from modlib.methods.auxiliary_variables import (
     Codes,
     DenseStage,
     check_perceptron,
-    check_positive,
     half_square,
     relu_prox,
 )
 from modlib.methods.method import Method, Stage
 from modlib.network import ModularNetwork
-from modlib.networks.sizes import check_whole
+from modlib.networks.sizes import check_positive, check_whole
 
 
 class ADMM(Method):

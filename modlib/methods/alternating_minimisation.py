@@ -23,10 +23,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from modlib.methods.auxiliary_variables import check_positive
 from modlib.methods.method import Method, Optimizers, Stage, update
 from modlib.network import ModularNetwork
-from modlib.networks.sizes import check_whole
+from modlib.networks.sizes import check_positive, check_whole
 from modlib.objectives import CrossEntropy
 
 

@@ -15,7 +15,6 @@ weakly modular.
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -26,7 +25,7 @@ from torch.nn import functional as F
 from torch.optim import Optimizer
 
 from modlib.kernels import double
-from modlib.methods.method import Batches, OneBatch, Stage, shown
+from modlib.methods.method import Batches, OneBatch, Stage
 from modlib.network import ModularNetwork
 
 
@@ -311,25 +310,3 @@ def check_perceptron(net: ModularNetwork, name: str) -> None:
                 f"net: module {k} has frozen parameters, but {name} solves for weight and bias of every "
                 "layer; set requires_grad=True on them."
             )
-
-
-def check_positive(least: float = 0.0, **numbers: object) -> None:
-    """Refuse what is no finite number above ``least``.
-
-    Raises:
-        ValueError: naming the argument.
-    """
-    for name, number in numbers.items():
-        if not isinstance(number, int | float) or not least < number < math.inf:
-            raise ValueError(f"{name}={shown(number)}: give a finite number above {least:g}.")
-
-
-def check_nonnegative(**numbers: object) -> None:
-    """Refuse what is neither 0 nor a finite number above it.
-
-    Raises:
-        ValueError: naming the argument.
-    """
-    for name, number in numbers.items():
-        if not isinstance(number, int | float) or not 0 <= number < math.inf:
-            raise ValueError(f"{name}={shown(number)}: give a finite number of at least 0.")

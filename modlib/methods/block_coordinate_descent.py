@@ -28,14 +28,13 @@ from modlib.methods.auxiliary_variables import (
     Assign,
     Codes,
     DenseStage,
-    check_nonnegative,
     check_perceptron,
-    check_positive,
     half_square,
     relu_prox,
 )
 from modlib.methods.method import Method, Stage
 from modlib.network import ModularNetwork
+from modlib.networks.sizes import check_nonnegative, check_positive
 
 
 class BlockCoordinateDescent(Method):

@@ -31,12 +31,11 @@ from modlib.methods.auxiliary_variables import (
     Codes,
     DenseStage,
     check_perceptron,
-    check_positive,
     half_square,
 )
 from modlib.methods.method import Method, Stage
 from modlib.network import ModularNetwork
-from modlib.networks.sizes import check_whole
+from modlib.networks.sizes import check_positive, check_whole
 
 
 class LiftedNetwork(Method):

@@ -28,14 +28,13 @@ from modlib.methods.auxiliary_variables import (
     Assign,
     Codes,
     CodesStage,
-    check_positive,
     half_square,
     solve,
     trainable,
 )
 from modlib.methods.method import Method, Stage
 from modlib.network import ModularNetwork
-from modlib.networks.sizes import check_whole
+from modlib.networks.sizes import check_positive, check_whole
 
 
 class MAC(Method):

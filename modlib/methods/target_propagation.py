@@ -29,8 +29,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from itertools import pairwise
-from math import inf
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -40,7 +39,7 @@ from modlib.methods.method import MakeOptimizer, Method, Optimizers, Stage, made
 from modlib.network import ModularNetwork
 from modlib.networks.inverses import ExactInverse, learned_inverse
 from modlib.networks.seeding import buffers_kept
-from modlib.networks.sizes import check_whole
+from modlib.networks.sizes import check_positive, check_whole
 from modlib.objectives import CrossEntropy
 
 LOSSES = ("reconstruction", "difference", "local difference")
@@ -58,6 +57,9 @@ class TargetPropagation(Method):
         activation: of the inverses' output; the range of the modules' outputs, so Tanh for Tanh.
         inverses: "learned", or "exact" where the modules have an inverse (``networks.ExactInverse``).
         inverse_steps: updates of every inverse in a step.
+        from_output: targets begin at the network's output; False: at the last hidden output, and the
+            last module descends the loss.
+        input_activation: makes what inverses of hidden outputs begin with, as ``networks.ELUSlope``.
 
     Raises:
         ValueError: an argument cannot work; or (when training starts) fewer than three modules, or a
@@ -73,6 +75,8 @@ class TargetPropagation(Method):
     """
 
     difference = False  # are targets corrected by g(h)?
+    loss = LOSSES[0]  # of the inverses
+    direct = False  # does one inverse lead from where targets begin to each hidden output?
 
     def __init__(
         self,
@@ -84,18 +88,22 @@ class TargetPropagation(Method):
         *,
         inverses: str = "learned",
         inverse_steps: int = 1,
+        from_output: bool = False,
+        input_activation: Callable[[], nn.Module] = nn.Identity,
     ) -> None:
         rmsprop = partial(torch.optim.RMSprop, lr=1e-3)
         super().__init__(rmsprop if optimizer is None else optimizer)
         if inverses not in ("learned", "exact"):
             raise ValueError(f"inverses={inverses!r}: choose 'learned' or 'exact'.")
         check_whole(inverse_steps=inverse_steps)
-        _check_above_zero(step_size=step_size, noise=noise)
+        several = noise if isinstance(noise, Sequence) else [noise]
+        check_positive(step_size=step_size)
+        for sigma in several:
+            check_positive(noise=sigma)
         self.inverse_optimizer = inverse_optimizer or rmsprop
         self.step_size, self.noise, self.activation = step_size, noise, activation
         self.inverses, self.inverse_steps = inverses, inverse_steps
-        self.input_activation: Callable[[], nn.Module] = nn.Identity
-        self.loss, self.direct, self.from_output = LOSSES[0], False, False
+        self.from_output, self.input_activation = from_output, input_activation
 
     def stages(self, net: ModularNetwork, x: Tensor) -> list[Stage]:
         shapes = net.shapes(x)
@@ -159,29 +167,19 @@ class DifferenceTargetPropagation(TargetPropagation):
     """Target propagation whose targets are corrected by what the inverses get wrong.
 
     Args:
-        step_size: η, how far the output where targets begin moves down its gradient.
-        noise: standard deviation of the noise under which the inverses are learned; or a list, one for
-            each inverse.
-        optimizer: makes one module's optimiser, or a list with one for each; RMSprop if None.
-        inverse_optimizer: makes one inverse's optimiser; RMSprop if None.
-        activation: of the inverses' output; the range of the modules' outputs, so Tanh for Tanh.
-        inverses: "learned", or "exact" where the modules have an inverse (``networks.ExactInverse``).
-        inverse_steps: updates of every inverse in a step.
         loss: what the inverses learn on: "reconstruction", "difference" or "local difference".
         direct: one inverse leads from where targets begin to each hidden output; needs "difference".
-        from_output: targets begin at the network's output; False: at the last hidden output, and the
-            last module descends the loss.
-        input_activation: makes what inverses of hidden outputs begin with, as ``networks.ELUSlope``.
+        options: those of ``TargetPropagation``.
 
     Raises:
-        ValueError: an argument cannot work; or (when training starts) fewer than three modules, or a
-            hidden output that is neither a vector (d,) nor a map (C, H, W).
+        ValueError: an argument cannot work; or (when training starts) as ``TargetPropagation``.
 
     >>> import modlib, torch
     >>> net = modlib.networks.mlp([64, 32, 32, 10], activation=torch.nn.Tanh, boundary="after")
     >>> net = modlib.partition(net, modules=3)
     >>> data = modlib.data.load("digits").subset(n_train=256, n_test=64)
-    >>> history = modlib.fit(net, DifferenceTargetPropagation(), data, epochs=1, progress=False)
+    >>> method = DifferenceTargetPropagation(step_size=0.5, loss="difference")
+    >>> history = modlib.fit(net, method, data, epochs=1, progress=False)
     >>> len(history.rows[0]["losses"])
     3
     """
@@ -196,31 +194,19 @@ class DifferenceTargetPropagation(TargetPropagation):
         inverse_optimizer: MakeOptimizer | None = None,
         activation: Callable[[], nn.Module] = nn.Tanh,
         *,
-        inverses: str = "learned",
-        inverse_steps: int = 1,
-        loss: str = "reconstruction",
+        loss: str = LOSSES[0],
         direct: bool = False,
-        from_output: bool = False,
-        input_activation: Callable[[], nn.Module] = nn.Identity,
+        **options: Any,
     ) -> None:
-        super().__init__(
-            step_size,
-            noise,
-            optimizer,
-            inverse_optimizer,
-            activation,
-            inverses=inverses,
-            inverse_steps=inverse_steps,
-        )
+        super().__init__(step_size, noise, optimizer, inverse_optimizer, activation, **options)
         if loss not in LOSSES:
             raise ValueError(f"loss={loss!r}: choose {', '.join(map(repr, LOSSES))}.")
-        if direct and (loss != "difference" or inverses == "exact"):
+        if direct and (loss != "difference" or self.inverses == "exact"):
             raise ValueError(
-                f"direct=True with loss={loss!r} and inverses={inverses!r}: direct inverses are "
+                f"direct=True with loss={loss!r} and inverses={self.inverses!r}: direct inverses are "
                 "learned on the difference; give loss='difference' and inverses='learned'."
             )
-        self.loss, self.direct, self.from_output = loss, direct, from_output
-        self.input_activation = input_activation
+        self.loss, self.direct = loss, direct
 
 
 def dtp_drl(
@@ -438,9 +424,3 @@ class TargetStage(Stage):
 
 def _distance(a: Tensor, b: Tensor) -> Tensor:
     return (a - b).square().flatten(1).sum(1).mean()
-
-
-def _check_above_zero(**numbers: float | Sequence[float]) -> None:
-    for name, given in numbers.items():
-        if not all(0 < float(n) < inf for n in (given if isinstance(given, Sequence) else [given])):
-            raise ValueError(f"{name}={given!r}: give a number above 0.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from numbers import Integral
 
@@ -37,6 +38,32 @@ def check_list(name: str, numbers: object, least: int = 1) -> None:
         raise ValueError(
             f"{name}={numbers!r}: give a list of {several}whole numbers of at least 1."
         )
+
+
+def check_positive(least: float = 0.0, **numbers: object) -> None:
+    """Refuse what is no finite number above ``least``.
+
+    Raises:
+        ValueError: naming the argument.
+
+    >>> check_positive(step_size=0.0)
+    Traceback (most recent call last):
+    ValueError: step_size=0.0: give a finite number above 0.
+    """
+    for name, number in numbers.items():
+        if not isinstance(number, int | float) or not least < number < math.inf:
+            raise ValueError(f"{name}={number!r}: give a finite number above {least:g}.")
+
+
+def check_nonnegative(**numbers: object) -> None:
+    """Refuse what is neither 0 nor a finite number above it.
+
+    Raises:
+        ValueError: naming the argument.
+    """
+    for name, number in numbers.items():
+        if not isinstance(number, int | float) or not 0 <= number < math.inf:
+            raise ValueError(f"{name}={number!r}: give a finite number of at least 0.")
 
 
 def _whole(number: object, least: int = 1) -> bool:
