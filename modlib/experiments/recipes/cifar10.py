@@ -229,7 +229,7 @@ TUNED: dict[str, Callable[[float], Recipe]] = {
     },
     "cifar10-cdni-k3": partial(_synthetic, 3),
     **{f"cifar10-{key}-before-k3": partial(_locally, key, 3, boundary="before") for key in BEFORE},
-    "cifar10-e2ebp-elu": partial(_with_elu, "e2ebp"),
+    **{f"cifar10-{key}-elu": partial(_with_elu, key) for key in _TARGETS},
 }
 
 # The best of those tried on held-out training images: book/results/learning-rates.json (a test compares),
@@ -283,6 +283,8 @@ RATES: dict[str, float] = {
     "cifar10-ddg-k3": 0.3,
     "cifar10-cdni-k3": 0.003,
     "cifar10-e2ebp-elu": 1.0,
+    "cifar10-l-drl-elu": 0.3,
+    "cifar10-dtp-elu": 0.3,
 }
 
 RECIPES: list[Recipe] = [
@@ -295,7 +297,6 @@ RECIPES: list[Recipe] = [
         for epochs in (12, 16, 21, 32)
     ),
     _synthetic(6, RATES["cifar10-cdni-k3"]),
-    *(_with_elu(key, 0.3) for key in ("l-drl", "dtp")),
     *(_recomputing(modules, RATES["cifar10-e2ebp"]) for modules in (3, 7)),
     proxy("cifar10-proxy-untrained", _PROXIES["supcon"], 0.0),  # weights stay as drawn
     proxy(
