@@ -22,7 +22,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -270,7 +270,8 @@ class DelayedStage(Stage):
 
     Attributes:
         workers: one for each module.
-        errors: for each module but the last, the gradient that was sent to it in the step before.
+        errors: the gradient that was last sent down into each module's input, and (last) None: worker k
+            finds its own at k + 1, until its turn from the step before.
         labels: of the batches that wait in the first worker, so that what is late can be measured.
     """
 
@@ -296,26 +297,33 @@ class DelayedStage(Stage):
             )
             for k, module in enumerate(self.modules)
         ]
-        self.errors: list[Tensor | None] = [None] * self.delay
+        self.errors: list[Tensor | None] = [None] * (len(self.modules) + 1)
         self.labels: deque[Tensor] = deque(maxlen=self.delay)
 
-    def step(self, x: Tensor, y: Tensor) -> Tensor:
-        """Each worker runs this batch forward, and goes back with the error that has come to it.
+    def forward(self, k: int, h: Tensor) -> Tensor:
+        """Worker k runs forward: its output, without a graph."""
+        self.workers[k].autocast = self.autocast
+        return self.workers[k].forward(h)
+
+    def learn(self, k: int, h: Tensor, y: Tensor, x: Tensor) -> Tensor | None:
+        """Worker k goes back with the error that has come to it, and sends one down for the next step.
 
         Returns:
-            (1,): the loss of this batch, before the update.
+            The last worker's loss of this batch, before the update.
         """
-        h, loss = x, None
-        for k, worker in enumerate(self.workers):
-            worker.autocast = self.autocast
-            h = worker.forward(h)
-            error = self.errors[k] if k < self.delay else y
-            loss, sent = worker.backward(error, self.optimizers[k], self.scalers[k])
-            if k:
-                self.errors[k - 1] = sent  # that worker has had its turn: it is for the next step
-        self.labels.append(y.clone())
-        assert loss is not None
-        return loss[None]
+        worker, last = self.workers[k], self.workers[k].delay == 0
+        if self.below + k == 0:
+            self.labels.append(y.clone())
+        error = y if last else self.errors[k + 1]
+        loss, self.errors[k] = worker.backward(error, self.optimizers[k], self.scalers[k])
+        return loss if last else None
+
+    def alone(self, k: int) -> Self:
+        part = super().alone(k)
+        part.workers, part.errors = self.workers[k : k + 1], self.errors[k : k + 2]
+        part.objectives = self.objectives if part.workers[0].delay == 0 else []
+        part.labels = deque(self.labels, maxlen=self.labels.maxlen)
+        return part
 
     def due(self, module: int, batch: Batch) -> Batch:
         late = self.delay - module

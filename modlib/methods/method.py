@@ -10,17 +10,19 @@ is one stage that holds K modules; modular training is K stages that hold one mo
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from modlib.network import ModularNetwork
+from modlib.networks.seeding import reseed
 from modlib.objectives import Objective
 
 MakeOptimizer = Callable[[Iterable[nn.Parameter]], Optimizer]
@@ -115,6 +117,9 @@ class Stage:
         value: what the numbers are that ``step`` returns, for a report of one that became infinite.
         remedy: what to do then.
         delay: how many steps old the errors are, at most, by which a module is updated.
+        stream: (seed, stage, step), from which each module's random numbers of a step follow; None where
+            they come from PyTorch's generators as these stand.
+        below: how many modules of the same step come before these; other processes hold them.
     """
 
     value = "objective"
@@ -134,6 +139,8 @@ class Stage:
         self.optimizers, self.frozen = list(optimizers), list(frozen)
         self.complete, self.auxiliary = complete, list(auxiliary)
         self.autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
+        self.stream: tuple[int, ...] | None = None
+        self.below = 0
         self.scalers = [torch.amp.GradScaler(enabled=False) for _ in self.optimizers]
 
     def train(self) -> None:
@@ -159,15 +166,39 @@ class Stage:
         with self.autocast():
             h = self.features(x)
         losses = []
-        for module, objective, optimizer, scaler in zip(
-            self.modules, self.objectives, self.optimizers, self.scalers, strict=True
-        ):
-            with self.autocast():
-                h = module(h.detach())  # the boundary: no gradient passes it
-                loss = objective.local(h, y, x)
-            update(loss, optimizer, scaler)
-            losses.append(loss.detach())
-        return torch.stack(losses)
+        for k in range(len(self.modules)):
+            self.draw(k, x.device)
+            h = self.forward(k, h)
+            losses.append(self.learn(k, h, y, x))
+        return torch.stack([loss for loss in losses if loss is not None])
+
+    # A step is made of these: one process may do all of it, or each process that of one module.
+
+    def draw(self, k: int, device: torch.device) -> None:
+        """Begin module k's own random numbers of this step, if ``stream`` says which step it is."""
+        if self.stream is not None:
+            reseed(device, *self.stream, self.below + k)
+
+    def forward(self, k: int, h: Tensor) -> Tensor:
+        """Module k's output (N, ...) on what comes from below: what is passed on."""
+        with self.autocast():
+            h = self.modules[k](h.detach())  # the boundary: no gradient passes it
+        return h
+
+    def learn(self, k: int, h: Tensor, y: Tensor, x: Tensor) -> Tensor | None:
+        """Update module k, whose output is h; its objective's value before, if there is one to report."""
+        with self.autocast():
+            loss = self.objectives[k].local(h, y, x)
+        update(loss, self.optimizers[k], self.scalers[k])
+        return loss.detach()
+
+    def alone(self, k: int) -> Self:
+        """This stage with module k alone, as a process of its own holds it; nothing is copied."""
+        part = copy.copy(self)
+        for name in ("modules", "objectives", "optimizers", "scalers"):
+            setattr(part, name, getattr(self, name)[k : k + 1])
+        part.below, part.frozen, part.auxiliary = self.below + k, [], []
+        return part
 
     @torch.no_grad()
     def features(self, x: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -38,7 +38,7 @@ from modlib.training.rehearsal import rehearse
 
 
 @dataclass(frozen=True)
-class _Settings:
+class Settings:
     """Everything that decides the course of a run, and must be the same when it resumes."""
 
     batch_size: int
@@ -70,6 +70,7 @@ def fit(
     resume: bool = False,
     progress: bool = True,
     after_epoch: Callable[[nn.Module, Row], None] | None = None,
+    parallel: Parallel | None = None,
 ) -> History:
     """Train a network by a method.
 
@@ -100,6 +101,8 @@ def fit(
         progress: show a progress bar.
         after_epoch: called with the network, in eval mode, and the epoch's row, to which it may add
             measurements (plain Python numbers, so that a checkpoint can hold them).
+        parallel: who trains where many processes do: ``modlib.parallel.ModuleParallel``. The checkpoint is
+            then a folder.
 
     Returns:
         The history; the network is trained in place and left in eval mode.
@@ -141,7 +144,7 @@ def fit(
         for objective in (o for stage in stages for o in stage.objectives):
             objective.set_normalisation(data.mean, data.std)
         lengths = stage_lengths(epochs, len(stages))
-        settings = _Settings(
+        settings = Settings(
             loader.batch_size,
             seed,
             schedule if isinstance(schedule, str) else "function",
@@ -156,29 +159,44 @@ def fit(
         for stage in stages:
             stage.check(loader)
             _set_precision(stage, precision, device)
-        run = _Run(net, stages, lengths, settings, factor)
+        run = (parallel.run if parallel else Run)(net, stages, lengths, settings, factor)
         if checkpoint is not None:
-            run.checkpoint = checkpoints.Checkpoint(checkpoint, settings.__dict__, resume)
+            run.open(checkpoint, resume)
         rehearse(net, stages, loader, seed)
         run.train(loader, data, progress, after_epoch)
     net.eval()
     return run.history
 
 
-class _Run:
-    """The state of one training run: where it is, and how to go on from there."""
+class Parallel(Protocol):
+    """What may take a run's place: something that makes one, for this process among others."""
+
+    def run(self, *of: Any) -> Run: ...
+
+
+class Run:
+    """The state of one training run: where it is, and how to go on from there.
+
+    Attributes:
+        held: what this process trains of the network, and saves.
+    """
 
     def __init__(
         self,
         net: ModularNetwork,
         stages: list[Stage],
         epochs: tuple[int, ...],
-        settings: _Settings,
+        settings: Settings,
         factor: Schedule,
     ) -> None:
         self.net, self.stages, self.epochs, self.settings = net, stages, epochs, settings
         self.factor, self.history = factor, History(batch_size=settings.batch_size)
         self.checkpoint: checkpoints.Checkpoint | None = None
+        self.held: nn.Module = net
+
+    def open(self, path: str | Path, resume: bool) -> None:
+        """Save the run's state in a file, or go on from it."""
+        self.checkpoint = checkpoints.Checkpoint(path, self.settings.__dict__, resume)
 
     def train(
         self,
@@ -220,6 +238,7 @@ class _Run:
                 skipped += 1
                 continue
             self._set_rate(stage, step / total)
+            stage.stream = (self.settings.seed, number, step)
             losses = losses + stage.step(x, y)
         taken = len(batches) - skipped
         return losses / taken if taken else None, skipped
@@ -267,12 +286,12 @@ class _Run:
 
     def _shown(
         self,
-        steps: Iterator[tuple[Tensor, Tensor]],
+        steps: Iterator[Any],
         total: int,
         stage: int,
         epoch: int,
         progress: bool,
-    ) -> Iterator[tuple[Tensor, Tensor]]:
+    ) -> Iterator[Any]:
         name = f"epoch {epoch + 1}/{self.epochs[stage]}"
         if len(self.stages) > 1:
             name = f"stage {stage + 1}/{len(self.stages)}, {name}"
@@ -285,7 +304,7 @@ class _Run:
             "stage": stage,
             "epoch": epoch,
             "epochs": self.epochs,
-            "net": self.net.state_dict(),
+            "net": self.held.state_dict(),
             "stage_state": self.stages[stage].state_dict(),
             "rows": self.history.rows,
             "seconds": self.history.seconds,
@@ -300,13 +319,13 @@ class _Run:
         if state is None:  # save, so that an interrupted first epoch leaves a file too
             self.checkpoint.save(self._state(0, 0))
             return 0, 0
-        if _tensor_shapes(state["net"]) != _tensor_shapes(self.net.state_dict()):
+        if _tensor_shapes(state["net"]) != _tensor_shapes(self.held.state_dict()):
             raise ValueError(
                 f"checkpoint: {self.checkpoint.path} holds the weights of another network; build the "
                 "one it was written for, or give another path."
             )
         self._check_epochs(state["stage"], state["epoch"], state["epochs"])
-        checkpoints.fill(self.net, state["net"])
+        checkpoints.fill(self.held, state["net"])
         self.stages[state["stage"]].load_state_dict(state["stage_state"])
         self.history = History(state["rows"], state["seconds"], self.settings.batch_size)
         checkpoints.set_random_state(state["random"])
