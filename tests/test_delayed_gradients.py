@@ -403,7 +403,64 @@ def test_the_largest_rate_on_a_parabola_is_where_a_root_leaves_the_circle(delay:
     assert staleness.safe_rate(delay) <= limit <= 2.5 * staleness.safe_rate(delay)
 
 
-def test_no_function_breaks_the_bound() -> None:
-    found = staleness.search(trials=60, seed=0)
-    assert 0.3 < found.worst <= 1
-    assert staleness.search(trials=60, seed=0, faster=3.0).worst > 1  # beyond the rate it is broken
+def some_parabola() -> tuple[Array, Array, Array, list[int]]:
+    make = np.random.default_rng(0)
+    hessian = np.diag(make.uniform(0.2, 1, 3))
+    return hessian, make.standard_normal((3, 3)), make.standard_normal(3), [2, 0, 1]
+
+
+def test_expected_squares_are_those_of_the_path() -> None:
+    hessian, old, start, delays = some_parabola()
+    path = staleness.descend(
+        lambda w, v: hessian @ v + old @ (w - v), start, delays, rate=0.2, steps=20
+    )
+    found = staleness.expected_squares(hessian, old, start, delays, rate=0.2, steps=20)
+    np.testing.assert_allclose(found, [np.sum((hessian @ v) ** 2) for v in path[:-1]], rtol=1e-9)
+
+
+def test_expected_squares_are_the_mean_over_noise() -> None:
+    hessian, old, start, delays = some_parabola()
+    make, squares = np.random.default_rng(1), []
+    for _ in range(4000):
+        path = staleness.descend(
+            lambda w, v: hessian @ v + old @ (w - v) + 2 * make.standard_normal(3),
+            start, delays, rate=0.2, steps=8,
+        )  # fmt: skip
+        squares.append([np.sum((hessian @ v) ** 2) for v in path[:-1]])
+    found = staleness.expected_squares(hessian, old, start, delays, 0.2, 8, variance=4.0)
+    np.testing.assert_allclose(found, np.mean(squares, axis=0), rtol=0.1)
+
+
+DELAYS = pytest.mark.parametrize("delay", range(5))
+
+
+@DELAYS
+def test_no_problem_breaks_the_bound(delay: int) -> None:
+    worst = staleness.search(delay, trials=60)
+    assert 0.5 < worst <= 1 + 1e-9
+    assert staleness.search(delay, trials=60, faster=2.0) > 1.5  # beyond the rate it is broken
+
+
+@DELAYS
+@pytest.mark.parametrize("wrong", ["rate", "gap", "noise", "drift"])
+def test_a_wrong_theorem_would_be_seen(
+    delay: int, wrong: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The rate forgets the delay, a term of the bound is halved or lost, or M is taken for L."""
+    right, drawn = staleness.bound, staleness._old
+    if wrong == "rate":
+        monkeypatch.setattr(staleness, "safe_rate", lambda delay: 1.0)
+    elif wrong == "gap":
+        monkeypatch.setattr(
+            staleness, "bound", lambda gap, *a, **others: right(gap / 2, *a, **others)
+        )
+    elif wrong == "noise":
+        monkeypatch.setattr(
+            staleness, "bound", lambda *a, **others: right(*a, **{**others, "variance": 0.0})
+        )
+    else:
+        monkeypatch.setattr(
+            staleness, "_old", lambda rng, n, smooth: (drawn(rng, n, smooth)[0], smooth)
+        )
+    seen = staleness.search(delay, trials=60) > 1.1
+    assert seen or (delay == 0 and wrong in ("rate", "drift"))  # without delay both play no part
