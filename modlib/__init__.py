@@ -35,6 +35,7 @@ Packages and modules::
     transfer      how well a module will serve another task
     few_labels    a read-out from a few labels
     zoo           a shelf of trained modules
+    parallel      one module in each of many processes
     viz           figures, tables and records (loads Matplotlib when it is first used)
 
 ``help(modlib.fit)``, ``help(modlib.objectives)`` and so on say more.
@@ -49,6 +50,7 @@ from modlib import kernels as kernels
 from modlib import methods as methods
 from modlib import networks as networks
 from modlib import objectives as objectives
+from modlib import parallel as parallel
 from modlib.measure.audit import Audit as Audit
 from modlib.measure.audit import audit as audit
 from modlib.network import ModularNetwork as ModularNetwork

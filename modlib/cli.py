@@ -71,6 +71,16 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument(
         "--threads", type=_whole(1), help="processor threads (default: PyTorch's choice)"
     )
+    sub.add_argument(
+        "--parallel", choices=["modules"], help="one module in each process that torchrun started"
+    )
+    sub.add_argument(
+        "--replay",
+        type=_whole(0),
+        default=0,
+        metavar="N",
+        help="with --parallel: wait for no module below, use one of its last N batches again (default: 0, wait)",
+    )
     _common(sub)
 
     sub = add("data", _data, "Prepare a data set, or say how to do it by hand.", _DATA)
@@ -161,13 +171,17 @@ The record is written to RESULTS/RECIPE/PROFILE-seedN.json when the run ends. Ct
 leaves a checkpoint under RUNS/; the same command with --resume goes on from it and ends in the same
 history. Examples:  modlib run list
            modlib run cifar10-e2ebp --profile cpu --seed 1 --resume
+           torchrun --nproc-per-node 3 -m modlib run cifar10-dgl-k3 --parallel modules
 """
 
 
 def _run(options: argparse.Namespace) -> None:
+    from contextlib import nullcontext
+
     import torch
 
     from modlib.experiments import RECIPES, run
+    from modlib.parallel import ModuleParallel
 
     if options.recipe == "list":
         for name, recipe in RECIPES.items():
@@ -176,17 +190,23 @@ def _run(options: argparse.Namespace) -> None:
     if options.threads:
         torch.set_num_threads(options.threads)
     options.hint = "The last epoch's checkpoint is kept; go on with the same command and --resume."
-    record = run(
-        options.recipe,
-        options.profile,
-        options.seed,
-        root=options.root,
-        results=options.results,
-        runs=options.runs,
-        device=options.device,
-        resume=options.resume,
-        progress=not options.quiet,
-    )
+    if options.replay and not options.parallel:
+        raise ValueError(f"--replay {options.replay}: give it together with --parallel modules.")
+    with ModuleParallel(replay=options.replay) if options.parallel else nullcontext() as parallel:
+        record = run(
+            options.recipe,
+            options.profile,
+            options.seed,
+            root=options.root,
+            results=options.results,
+            runs=options.runs,
+            device=options.device,
+            resume=options.resume,
+            progress=not options.quiet,
+            parallel=parallel,
+        )
+    if not record:  # the first process has written it
+        return
     print(
         f"{record['recipe']} ({record['category']}, {record['modules']} modules), seed {record['seed']}: "
         f"test accuracy {record['final']['test_accuracy']:.2%} after {record['wall_s']:.0f} s of training"

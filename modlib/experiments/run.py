@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from modlib.measure.angles import KeepStages
 from modlib.measure.audit import audit
 from modlib.measure.costs import costs
 from modlib.network import ModularNetwork
+from modlib.parallel import ModuleParallel
 from modlib.training import History, checkpoints, evaluate, fit, pick_device
 
 Record = dict[str, Any]
@@ -34,6 +35,7 @@ def run(
     device: str = "auto",
     resume: bool = False,
     progress: bool = True,
+    parallel: ModuleParallel | None = None,
 ) -> Record:
     """Train one network by a recipe and write the record ``results/RECIPE/PROFILE-seedN.json``.
 
@@ -50,6 +52,8 @@ def run(
         device: as in ``modlib.fit``.
         resume: go on from the checkpoint of an interrupted run.
         progress: show a progress bar.
+        parallel: one module in each process. The first one writes the record, without what the recipe
+            watches after every epoch, which would need all modules in one place; the others' is empty.
 
     Raises:
         ValueError: the recipe or profile is unknown, or the run exists already and ``resume`` is
@@ -70,11 +74,14 @@ def run(
     batch = loader.sample(settings.batch_size)
     net = recipe.network(settings, data, seed, batch[0].cpu()).to(where)
     method = recipe.method()
-    measured, price = audit(method, net, batch), costs(method, net, batch)
+    first = parallel is None or parallel.rank == 0
+    if first:
+        measured, price = audit(method, net, batch), costs(method, net, batch)
     keeper = KeepStages(method)
+    watched = replace(recipe, watch=None) if parallel else recipe
     history = fit(
         net,
-        keeper if recipe.watch else method,
+        keeper if watched.watch else method,
         data,
         epochs=recipe.epochs(settings, len(net)),
         batch_size=settings.batch_size,
@@ -84,12 +91,15 @@ def run(
         precision=settings.precision,
         schedule=recipe.schedule,
         augment=recipe.augment,
-        checkpoint=folder / "checkpoint.pt",
+        checkpoint=folder / ("checkpoint.parts" if parallel else "checkpoint.pt"),
         resume=resume,
         progress=progress,
-        after_epoch=_after_epoch(folder, recipe, keeper, batch),
+        after_epoch=_after_epoch(folder, watched, keeper, batch),
+        parallel=parallel,
     )
-    record = {
+    if not first:
+        return {}
+    record: Record = {
         "recipe": recipe.name,
         "data": data.name,
         "profile": profile,
@@ -109,6 +119,8 @@ def run(
         "costs": price,
         "parameters": {"network": _count(net), "auxiliary": price["auxiliary_parameters"]},
     }
+    if parallel:
+        record["parallel"] = {"processes": parallel.size, "replay": parallel.replay}
     write(record, target)
     return record
 
