@@ -12,33 +12,44 @@ survey behind it is Duan & Principe, "Training Deep Architectures Without End-to
 >>> 0.0 <= history.final["test_accuracy"] <= 1.0
 True
 
-Functions::
+Train::
 
     partition(net, modules)      cut a network into modules: a ModularNetwork
     fit(net, method, data)       train it: a History
     evaluate(net, data)          accuracy and loss: an Evaluation
+    parallel      one module in each of many processes
+
+Methods, objectives, networks and data::
+
+    methods       how a whole network is trained: E2EBP, LocalLearning, ProxyObjective, ...
+    objectives    what one module is trained on; each also works in a loop of your own
+    kernels       kernels of nonlinearities, and the FeatureMap that a network keeps
+    networks      small networks to cut: mlp, cnn, resnet, vgg8b, vit, ...
+    data          data sets, the loader, augmentation
+
+Measure and certify::
+
     audit(method, net, batch)    measure what a method needs: an Audit
+    measure       what else is measured: bytes, operations, angles with the gradient
+    certificates  how far a network is from a provable optimum
+
+Reuse::
+
     extract(module, data)        what a trained module makes of a data set
     fit_pairs(net, objective, images, same)
                                  train hidden modules from pairs alone
     same_class(labels)           the oracle that answers for pairs, made from labels
-
-Packages and modules::
-
-    data          data sets, the loader, augmentation
-    networks      small networks to cut: mlp, cnn, resnet, vgg8b, vit, ...
-    methods       how a whole network is trained: E2EBP, LocalLearning, ProxyObjective, ...
-    objectives    what one module is trained on; each also works in a loop of your own
-    kernels       kernels of nonlinearities, and the FeatureMap that a network keeps
-    certificates  how far a network is from a provable optimum
-    diagnosis     which module, or which labels, are at fault
-    transfer      how well a module will serve another task
     few_labels    a read-out from a few labels
+    transfer      how well a module will serve another task
     zoo           a shelf of trained modules
-    parallel      one module in each of many processes
+    diagnosis     which module, or which labels, are at fault
+
+Draw::
+
     viz           figures, tables and records (loads Matplotlib when it is first used)
 
-``help(modlib.fit)``, ``help(modlib.objectives)`` and so on say more.
+``help(modlib.fit)``, ``help(modlib.objectives)`` and so on say more. The book's reference has the same
+groups, with the equations typeset.
 """
 
 import importlib

@@ -19,6 +19,15 @@ from torch.nn import functional as F
 
 from modlib.tokens import pooled
 
+__all__ = [
+    "FeatureMap",
+    "Gaussian",
+    "Kernel",
+    "get",
+    "gram",
+    "ideal_gram",
+]
+
 _POOL = 4  # side of the average pooling window in "relu-pool"
 
 
@@ -49,6 +58,10 @@ class Kernel:
         name: how it is written in a recipe.
         floor: :math:`\inf_{u,v} k(u, v)`, the least similarity of two outputs.
         ceiling: :math:`k(u, u)`, the similarity of an output with itself.
+
+    >>> kernel = get("relu")
+    >>> kernel.floor, kernel.ceiling, kernel.gram(torch.tensor([[1.0, 0.0], [0.0, 2.0]])).tolist()
+    (0.0, 1.0, [[1.0, 0.0], [0.0, 1.0]])
     """
 
     name: str
@@ -116,8 +129,11 @@ _FLOORS = {"relu": 0.0, "tanh": -1.0, "sigmoid": 0.0, "relu-pool": 0.0, "cosine"
 
 
 def get(kernel: str | Kernel) -> Kernel:
-    """A kernel by name: "relu", "tanh", "sigmoid", "relu-pool" (ReLU, 4×4 average pooling, flatten) or
-    "cosine" (no activation); a Kernel is returned as it is.
+    """A kernel by its name; a Kernel is returned as it is.
+
+    Args:
+        kernel: "relu", "tanh", "sigmoid", "relu-pool" (ReLU, 4×4 average pooling, flatten) or "cosine" (no
+            activation).
 
     Raises:
         ValueError: the name is unknown.
@@ -135,7 +151,12 @@ def get(kernel: str | Kernel) -> Kernel:
 
 
 def gram(h: Tensor, kernel: str | Kernel = "relu") -> Tensor:
-    """Gram matrix (N, N) of module outputs h: (N, d), (N, C, H, W), or tokens (N, T, d)."""
+    """Gram matrix (N, N) of module outputs h: (N, d), (N, C, H, W), or tokens (N, T, d).
+
+    >>> gram(torch.tensor([[3.0, 4.0], [4.0, 3.0]]))
+    tensor([[1.0000, 0.9600],
+            [0.9600, 1.0000]])
+    """
     return get(kernel).gram(h)
 
 

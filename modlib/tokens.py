@@ -15,6 +15,14 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
+__all__ = [
+    "MeanToken",
+    "as_maps",
+    "maps_shape",
+    "pooled",
+    "pooled_shape",
+]
+
 
 def pooled(h: Tensor) -> Tensor:
     """Tokens (N, T, d) as their means (N, d); any other shape as it is.
@@ -36,7 +44,12 @@ def pooled_shape(shape: Sequence[int]) -> tuple[int, ...]:
 
 
 class MeanToken(nn.Module):
-    """``pooled`` as a layer: (N, T, d) to (N, d)."""
+    """``pooled`` as a layer: (N, T, d) to (N, d).
+
+    >>> import torch
+    >>> MeanToken()(torch.zeros(2, 17, 64)).shape
+    torch.Size([2, 64])
+    """
 
     def forward(self, h: Tensor) -> Tensor:
         return pooled(h)

@@ -34,6 +34,10 @@ class CounterExample:
         restored_claimed, restored_actual: the same two numbers with the assumption; they agree.
         why: what happens, in a sentence or two.
         claimed_by, actual_by: the configurations behind the first two numbers.
+
+    >>> found = counterexample(COUNTEREXAMPLES[0])
+    >>> found.broken
+    True
     """
 
     name: str
@@ -383,3 +387,4 @@ _BUILDERS: dict[str, Callable[[], CounterExample]] = {
     "scale-free": _scale_free,
 }
 COUNTEREXAMPLES = tuple(_BUILDERS)
+"""Names that ``counterexample`` takes, one for each assumption that can be dropped."""

@@ -52,6 +52,10 @@ class BestHead:
         bias: ``(C,)`` or ``(1,)``; float64.
         duality_gap: certified: no head in the budget has a risk below ``risk - duality_gap``.
         penalty: the penalty, or the multiplier of the norm constraint.
+
+    >>> head = best_head(torch.eye(2), torch.tensor([0, 1]), head_norm=2.0)
+    >>> head.weight.shape, round(float(head.weight.norm()), 4), head.lower_bound < head.risk
+    (torch.Size([2, 2]), 2.0, True)
     """
 
     risk: float

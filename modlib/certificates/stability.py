@@ -47,6 +47,10 @@ class Deviations:
             pairs of classes. Where it is that, the two above may be negative.
         feature_norm, classes: what else they are measured against.
         balanced: whether all classes have the same number of examples.
+
+    >>> found = Deviations.of(torch.eye(3)[[0, 0, 1]], torch.tensor([0, 0, 1]), floor=0.0)
+    >>> found.within.tolist(), found.between.tolist()    # collapsed and orthogonal: ideal
+    ([0.0, 0.0, 0.0], [0.0, 0.0, 0.0])
     """
 
     within: Tensor
@@ -117,6 +121,11 @@ class StabilityBound:
     """The input module's share of the gap lies between ``lower`` and ``upper``.
 
     ``linear`` is the simpler upper bound, proportional to the mean deviation and to the head norm.
+
+    >>> ideal = Deviations.uniform(0.0, 0.0, classes=10, floor=0.0)
+    >>> bound = stability_bound(ideal, head_norm=10.0)
+    >>> bound.lower == bound.upper == bound.linear == 0
+    True
     """
 
     lower: float

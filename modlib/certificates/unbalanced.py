@@ -51,6 +51,10 @@ class UnbalancedBound:
         value: no input module has a smaller risk.
         reached: the risk of the class points whose Gram matrix is ``gram``.
         gram: ``(C, C)`` Gram matrix of the class points, feature norm 1.
+
+    >>> bound = unbalanced_bound([0.5, 0.3, 0.2], floor=0.0, head_norm=2.0)
+    >>> bound.gram.shape, bound.gram.round(4).diagonal().tolist()
+    ((3, 3), [1.0, 1.0, 1.0])
     """
 
     value: float

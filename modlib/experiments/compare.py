@@ -47,6 +47,9 @@ def compare(
 
     Raises:
         ValueError: the data are no square images of at least 7 pixels a side.
+
+    >>> [row["category"] for row in compare(epochs=1, progress=False)]
+    ['end-to-end', 'weakly modular', 'modular']
     """
     dataset = datasets.load(data, root)
     if len(dataset.shape) != 3:

@@ -57,7 +57,15 @@ def run(
 
     Raises:
         ValueError: the recipe or profile is unknown, or the run exists already and ``resume`` is
-        False.
+            False.
+
+    >>> import tempfile
+    >>> folder = Path(tempfile.mkdtemp())
+    >>> record = run("cifar10-e2ebp", results=folder / "results", runs=folder / "runs", progress=False)
+    >>> record["recipe"], (folder / "results/cifar10-e2ebp/smoke-seed0.json").exists()
+    ('cifar10-e2ebp', True)
+    >>> "cifar10-proxy-supcon" in RECIPES    # what else there is
+    True
     """
     recipe = _recipe(recipe)
     if profile not in recipe.profiles:

@@ -23,6 +23,13 @@ from modlib.methods.method import Method, Stage
 from modlib.network import ModularNetwork
 from modlib.networks.seeding import buffers_kept
 
+__all__ = [
+    "KeepStages",
+    "angles",
+    "angles_gone",
+    "errors",
+]
+
 
 class KeepStages(Method):
     """A method that remembers the stages it made, so that they can be looked at while they train.
@@ -71,6 +78,13 @@ def angles(stage: Stage, net: ModularNetwork, batch: tuple[Tensor, Tensor]) -> l
 
     Returns:
         K angles in degrees, 0 to 180; None for a module that is not updated, or has no gradient.
+
+    >>> import modlib
+    >>> net = modlib.partition(modlib.networks.mlp([64, 32, 10]), modules=2)
+    >>> batch = modlib.data.Loader(modlib.data.load("digits")).sample(64)
+    >>> (stage,) = modlib.methods.E2EBP().stages(net, batch[0])
+    >>> max(angles(stage, net, batch)) < 0.1    # backpropagation's update is the gradient
+    True
     """
     return [_angle(*pair) if pair else None for pair in _pairs(stage, net, batch)]
 
@@ -121,6 +135,19 @@ def angles_gone(net: ModularNetwork, batch: tuple[Tensor, Tensor]) -> list[float
     Args:
         net: what was trained, cut into K modules.
         batch: images (N, ...) and labels (N,), on which the gradient is taken, at the old weights.
+
+    Returns:
+        K angles in degrees, as from ``angles``.
+
+    >>> import modlib
+    >>> data = modlib.data.load("digits").subset(n_train=256)
+    >>> batch = modlib.data.Loader(data).sample(256)
+    >>> net = modlib.partition(modlib.networks.mlp([64, 32, 10], boundary="after"), 2)
+    >>> (stage,) = modlib.methods.BlockCoordinateDescent().stages(net, batch[0])
+    >>> stage.train()
+    >>> _ = stage.step(*batch)    # one sweep
+    >>> [0 < angle < 180 for angle in angles_gone(net, batch)]
+    [True, True]
     """
     before = copy.deepcopy(net)
     moved: dict[Tensor, Tensor] = {}

@@ -24,6 +24,12 @@ from modlib.methods.method import OneBatch
 from modlib.network import ModularNetwork
 from modlib.networks.seeding import forked
 
+__all__ = [
+    "Audit",
+    "StageAudit",
+    "audit",
+]
+
 
 class Event(NamedTuple):
     """Something that happened in a step: what, to which module, and in which backward pass."""
@@ -55,6 +61,13 @@ class StageAudit:
             and beside what autograd holds, which ``saved_bytes`` has counted.
         labels: for each module, what its update depends on: "classes", "pairs" (same or different),
             "none", or "-" when it is not updated.
+
+    >>> import modlib
+    >>> net = modlib.partition(modlib.networks.mlp([64, 32, 32, 10]), modules=3)
+    >>> batch = modlib.data.Loader(modlib.data.load("digits")).sample(32)
+    >>> (stage,) = audit(modlib.methods.E2EBP(), net, batch).stages
+    >>> stage.ways, stage.crossed, stage.updated
+    (((2, 0),), (0, 1), (0, 1, 2))
     """
 
     events: tuple[Event, ...]
@@ -100,6 +113,14 @@ class Audit:
         modules: K.
         first: the first module with parameters that ask for a gradient; 0 unless it was frozen.
         stages: what one step of each stage did.
+
+    >>> import modlib
+    >>> net = modlib.partition(modlib.networks.mlp([64, 32, 10], kernel="relu"), ["features"])
+    >>> batch = modlib.data.Loader(modlib.data.load("digits")).sample(32)
+    >>> method = modlib.methods.ProxyObjective(modlib.objectives.SupCon(kernel="relu"))
+    >>> seen = audit(method, net, batch)
+    >>> seen.category, seen.labels
+    ('modular', ('pairs', 'classes'))
     """
 
     method: str

@@ -20,6 +20,10 @@ from torch.utils.flop_counter import flop_registry
 from modlib.methods import E2EBP, Method, Stage
 from modlib.network import ModularNetwork
 
+__all__ = [
+    "costs",
+]
+
 
 def costs(
     method: Method, net: ModularNetwork, batch: tuple[Tensor, Tensor], repeats: int = 7

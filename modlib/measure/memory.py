@@ -14,6 +14,10 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
+__all__ = [
+    "SavedBytes",
+]
+
 
 class SavedBytes:
     """Context manager that measures what autograd holds for backward passes.

@@ -120,6 +120,15 @@ class Stage:
         stream: (seed, stage, step), from which each module's random numbers of a step follow; None where
             they come from PyTorch's generators as these stand.
         below: how many modules of the same step come before these; other processes hold them.
+
+    >>> import modlib
+    >>> data = modlib.data.Loader(modlib.data.load("digits"))
+    >>> net = modlib.partition(modlib.networks.mlp([64, 32, 10]), modules=2)
+    >>> x, y = data.sample(32)
+    >>> (stage,) = modlib.methods.LocalLearning().stages(net, x)
+    >>> stage.train()
+    >>> stage.step(x, y).shape    # the objectives of both modules, before the update
+    torch.Size([2])
     """
 
     value = "objective"
@@ -301,6 +310,14 @@ class Method:
     Args:
         optimizer: makes one module's optimiser from its parameters; or a list, one for each module;
             ``default_optimizers`` if None.
+
+    >>> import modlib
+    >>> net = modlib.partition(modlib.networks.mlp([64, 32, 32, 10]), modules=3)
+    >>> x = torch.zeros(2, 64)
+    >>> [len(stage.modules) for stage in modlib.methods.LocalLearning().stages(net, x)]
+    [3]
+    >>> [len(stage.modules) for stage in modlib.methods.LocalLearning(in_turn=True).stages(net, x)]
+    [1, 1, 1]
     """
 
     def __init__(self, optimizer: Optimizers = None) -> None:

@@ -35,7 +35,7 @@ def learned_inverse(
         input_activation: makes what comes before the layer.
 
     Returns:
-        A network from (N, *after) to (N, *before).
+        A network from ``(N, *after)`` to ``(N, *before)``.
 
     Raises:
         ValueError: no transposed convolution makes a map of the one size from the other.

@@ -25,6 +25,10 @@ class ResidualUnit(nn.Module):
 
     Attributes:
         branch: what is added to the shortcut.
+
+    >>> import torch
+    >>> ResidualUnit(4, 8, stride=2)(torch.zeros(2, 4, 16, 16)).shape
+    torch.Size([2, 8, 8, 8])
     """
 
     def __init__(

@@ -21,6 +21,11 @@ class VGGUnit(nn.Sequential):
     """[dropout →] [pooling →] weights → batch norm → leaky ReLU: kept whole when a network is cut.
 
     It ends before its dropout, where local objectives are published to look.
+
+    >>> import torch
+    >>> net = vgg8b(width=4, seed=0)
+    >>> isinstance(net.conv2, VGGUnit), net.conv2[-1]
+    (True, LeakyReLU(negative_slope=0.01))
     """
 
 

@@ -15,6 +15,13 @@ class Objective(nn.Module):
     h is a module's output: (N, d), (N, C, H, W), or the tokens (N, T, d) of a transformer, of which the
     mean is taken (``modlib.tokens``). y are labels (N,). An objective may own trainable parameters (an
     auxiliary network); they are trained with the module and dropped afterwards.
+
+    >>> import torch
+    >>> class Margin(Objective):    # an objective of your own
+    ...     def forward(self, h, y):
+    ...         return nn.functional.multi_margin_loss(h, y)
+    >>> Margin()(torch.zeros(2, 4), torch.tensor([0, 3]))    # three of four classes are 1 too near
+    tensor(0.7500)
     """
 
     @property

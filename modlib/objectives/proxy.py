@@ -46,6 +46,13 @@ class ProxyLoss(Objective):
         negatives_only: use pairs of different classes alone.
         balanced: weigh same-class and different-class pairs equally; the diagonal is then left out, so
             balanced alignment fixes no scale.
+
+    >>> class Mean(ProxyLoss):    # an objective on pairs of your own
+    ...     def loss(self, gram, same):
+    ...         return (self.weights(gram, same) * (gram - self.target(gram, same))).mean()
+    >>> h = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
+    >>> Mean()(h, torch.tensor([0, 0, 1]))    # as the ideal matrix
+    tensor(0.)
     """
 
     diagonal = False  # does the paper's formula count the pairs i = j?

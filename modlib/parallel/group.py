@@ -25,7 +25,11 @@ _PARTING = 10.0  # seconds that a process which has failed may take to end
 
 
 class LostProcessError(ConnectionError):
-    """Another process of the run has ended, or cannot be reached."""
+    """Another process of the run has ended, or cannot be reached.
+
+    >>> issubclass(LostProcessError, ConnectionError)
+    True
+    """
 
 
 class Group:
@@ -45,6 +49,10 @@ class Group:
 
     Raises:
         ValueError: torchrun did not start this process, or a number is out of range.
+
+    >>> Group()    # outside of torchrun
+    Traceback (most recent call last):
+    ValueError: parallel: this process has no others beside it; start it by torchrun ...
     """
 
     def __init__(self, *, room: int = 2, patience: float = 20.0) -> None:

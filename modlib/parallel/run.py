@@ -39,6 +39,13 @@ class ModuleParallel(Group):
     Args:
         replay: batches to keep; 0 for none.
         room, patience: as for ``Group``.
+
+    Raises:
+        ValueError: as ``Group``; or (when training starts) there is not one process for each module.
+
+    >>> ModuleParallel(replay=-1)
+    Traceback (most recent call last):
+    ValueError: replay...
     """
 
     def __init__(self, *, replay: int = 0, room: int = 2, patience: float = 20.0) -> None:

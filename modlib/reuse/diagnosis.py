@@ -46,6 +46,13 @@ from modlib.reuse.extract import extract
 from modlib.reuse.few_labels import anchors, logistic_scores
 from modlib.reuse.pairs import fit_pairs, same_class
 
+__all__ = [
+    "Diagnosis",
+    "LabelCheck",
+    "ModuleCheck",
+    "diagnose",
+]
+
 _DEAD = 0.5  # share of constant channels from which a layer is called dead
 _SHORT = 0.1  # shortfall, over the larger gain, from which a module is called poor
 _NOTHING = 1e-3  # gain, over the untrained objective, below which a module cannot be judged
@@ -65,6 +72,10 @@ class ModuleCheck:
         untrained: that of the fresh copy before.
         dead: for each of its layers, the share of channels that are the same for every
             image, after the activation that follows.
+
+    >>> check = ModuleCheck(position=0, objective=0.75, fresh=0.5, untrained=1.0, dead={})
+    >>> check.shortfall    # the fresh copy gained 0.5, of which the module lacks half
+    0.5
     """
 
     position: int
@@ -90,6 +101,10 @@ class LabelCheck:
         given: (n,) the training labels.
         seen: (n,) the class whose mean each image is nearest to.
         classes: C.
+
+    >>> check = LabelCheck(given=torch.tensor([0, 0, 1, 1]), seen=torch.tensor([0, 1, 1, 1]), classes=2)
+    >>> check.pair, check.suspects.tolist()    # one image labelled 0 looks like 1
+    ((0, 1), [1])
     """
 
     given: Tensor = field(repr=False)
@@ -132,6 +147,11 @@ class Diagnosis:
         modules: one check each, in the order of the network.
         labels: their check.
         accuracy: of the whole network on the test images that were looked at.
+
+    >>> module = ModuleCheck(position=0, objective=0.2, fresh=0.2, untrained=1.0, dead={"layer1": 1.0})
+    >>> labels = LabelCheck(given=torch.arange(2), seen=torch.arange(2), classes=2)
+    >>> Diagnosis((module,), labels, accuracy=0.9, names=("a", "b")).faults
+    ('module 0, layer layer1: 100% of its channels are dead',)
     """
 
     modules: tuple[ModuleCheck, ...]

@@ -32,6 +32,17 @@ from modlib.kernels import double
 from modlib.objectives.cross_entropy import check_labels
 from modlib.reuse.extract import check_features
 
+__all__ = [
+    "AnchorBound",
+    "anchor_bound",
+    "anchors",
+    "draw",
+    "label_efficiency",
+    "logistic_head",
+    "nearest_anchor",
+    "one_label_bound",
+]
+
 Features = tuple[Tensor, Tensor]  # unit feature vectors (n, D) and labels (n,)
 
 _SLACK = 1e-6  # inner products of float32 features are off by so much: one on the edge still counts
@@ -47,6 +58,11 @@ class AnchorBound:
         counted: the first bound: the share of examples too far from their own anchor.
         markov: the second bound, from the mean similarities alone.
         nearest: δ_c, each anchor's similarity to the nearest other one (C,).
+
+    >>> import torch
+    >>> found = anchor_bound(torch.eye(3), torch.eye(3), torch.arange(3))    # collapsed, orthogonal classes
+    >>> found.error, found.counted, found.nearest.tolist()
+    (0.0, 0.0, [0.0, 0.0, 0.0])
     """
 
     error: float
@@ -227,6 +243,12 @@ def nearest_anchor(train: Features, test: Features) -> float:
 
     Raises:
         ValueError: what ``anchors`` raises; the test features or labels do not fit.
+
+    >>> import torch
+    >>> train = torch.eye(2), torch.tensor([0, 1])
+    >>> test = torch.tensor([[0.8, 0.6], [0.6, 0.8]]), torch.tensor([0, 0])
+    >>> nearest_anchor(train, test)
+    0.5
     """
     directions = anchors(*train)
     check_features("features", *test, len(directions))
@@ -238,6 +260,11 @@ def logistic_head(train: Features, test: Features, penalty: float = 1e-3) -> flo
 
     Raises:
         ValueError: as ``nearest_anchor``.
+
+    >>> import torch
+    >>> train = torch.eye(2), torch.tensor([0, 1])
+    >>> logistic_head(train, (torch.tensor([[0.8, 0.6], [0.6, 0.8]]), torch.tensor([0, 0])))
+    0.5
     """
     check_features("features", *test, _classes(*train))
     return _accuracy(logistic_scores(train, test[0], penalty), test[1].cpu())

@@ -32,6 +32,14 @@ from modlib.objectives import Objective
 from modlib.objectives.cross_entropy import check_labels
 from modlib.reuse.extract import check_features, extract
 
+__all__ = [
+    "centred_alignment",
+    "leep",
+    "log_evidence",
+    "negative_conditional_entropy",
+    "score",
+]
+
 _NO_NOISE = 1e-13  # a squared residual, per example, that float32 features do not tell from 0
 
 

@@ -20,6 +20,17 @@ from torch import Tensor, nn
 from modlib.network import ModularNetwork, evaluating
 from modlib.training import checkpoints
 
+__all__ = [
+    "Card",
+    "card",
+    "exchange",
+    "fingerprint",
+    "load",
+    "save",
+    "shelve",
+    "take",
+]
+
 _PROBES = 4  # random inputs on which a module's outputs are kept
 _ROUNDING = 1e-3  # of the outputs' size: what another device or precision may change
 
@@ -34,6 +45,12 @@ class Card:
         behind: fingerprint of the modules it was trained behind; "" for a first module.
         fingerprint: of those and of itself: give it as ``behind`` of what is trained on top.
         notes: plain data: recipe, commit, task, accuracy.
+
+    >>> import tempfile
+    >>> path = Path(tempfile.mkdtemp()) / "layer.pt"
+    >>> kept = save(nn.Linear(3, 2), path, name="layer", input_shape=[3], task="digits")
+    >>> kept.name, kept.output_shape, kept.notes
+    ('layer', (2,), {'task': 'digits'})
     """
 
     name: str
@@ -126,6 +143,13 @@ def load(path: str | Path, module: nn.Module, *, behind: str | None = None) -> C
     Raises:
         ValueError: there is no such file, it is damaged, the weights do not fit, the outputs differ, or it
             was trained behind other modules; the module is then as it was.
+
+    >>> import tempfile
+    >>> path = Path(tempfile.mkdtemp()) / "layer.pt"
+    >>> _ = save(nn.Sequential(nn.Linear(2, 2), nn.ReLU()), path, name="layer", input_shape=[2])
+    >>> load(path, nn.Sequential(nn.Linear(2, 2), nn.Tanh()))    # the weights fit, the activation does not
+    Traceback (most recent call last):
+    ValueError: module: with the weights of 'layer' it computes something else than was saved; ...
     """
     state = _read(Path(path))
     card = Card(**state["card"])
@@ -157,7 +181,17 @@ def load(path: str | Path, module: nn.Module, *, behind: str | None = None) -> C
 
 
 def card(path: str | Path) -> Card:
-    """The card of a saved module, without loading it into one."""
+    """The card of a saved module, without loading it into one.
+
+    Raises:
+        ValueError: there is no such file, or it is damaged.
+
+    >>> import tempfile
+    >>> path = Path(tempfile.mkdtemp()) / "layer.pt"
+    >>> saved = save(nn.Linear(3, 2), path, name="layer", input_shape=[3])
+    >>> card(path) == saved
+    True
+    """
     return Card(**_read(Path(path))["card"])
 
 
@@ -215,6 +249,15 @@ def take(net: ModularNetwork, folder: str | Path, name: str) -> list[Card]:
 
     Raises:
         ValueError: what ``load`` raises; the network is then as it was.
+
+    >>> import modlib, tempfile
+    >>> net, other = (modlib.partition(modlib.networks.mlp([64, 32, 10]), modules=2) for _ in range(2))
+    >>> folder, x = tempfile.mkdtemp(), torch.rand(5, 64)
+    >>> _ = shelve(net, folder, name="digits", input_shape=[64])
+    >>> [card.name for card in take(other, folder, "digits")]
+    ['digits-module0', 'digits-module1']
+    >>> torch.allclose(other(x), net(x))
+    True
     """
     kept = {key: value.clone() for key, value in net.state_dict().items()}
     cards, behind = [], ""

@@ -12,6 +12,7 @@ from modlib.data import Augment, Dataset, default_augment
 from modlib.networks.sizes import check_whole
 
 Schedule = Callable[[float], float]
+"""A factor on the learning rates, as a function of progress in [0, 1)."""
 
 SCHEDULES: dict[str, Schedule] = {
     "constant": lambda progress: 1.0,
@@ -25,6 +26,12 @@ def pick_device(device: str | torch.device = "auto") -> torch.device:
 
     Raises:
         ValueError: PyTorch cannot use that device here.
+
+    >>> pick_device("cpu")
+    device(type='cpu')
+    >>> double: Schedule = lambda progress: 1 - progress    # a schedule of your own, for ``fit``
+    >>> double(0.25)
+    0.75
     """
     if device == "auto":
         if torch.cuda.is_available():

@@ -19,6 +19,13 @@ class History:
             images that an objective needs (if those were all, the epoch's losses are None).
         seconds: training time of each row; apart, because it is the one thing that never repeats.
         batch_size: images in each step: what was asked for, or all training images if they are fewer.
+
+    >>> import modlib
+    >>> data = modlib.data.load("digits").subset(n_train=256, n_test=64)
+    >>> net = modlib.partition(modlib.networks.mlp([64, 32, 10]), modules=2)
+    >>> history = modlib.fit(net, modlib.methods.E2EBP(), data, epochs=2, progress=False)
+    >>> [row["epoch"] for row in history.rows], sorted(history.final)
+    ([0, 1], ['epoch', 'losses', 'stage', 'test_accuracy'])
     """
 
     rows: list[Row] = field(default_factory=list)

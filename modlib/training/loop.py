@@ -108,9 +108,17 @@ def fit(
         The history; the network is trained in place and left in eval mode.
 
     Raises:
-        ValueError, TypeError: an argument cannot work; nothing has been trained or written.
+        ValueError: an argument cannot work; nothing has been trained or written.
+        TypeError: an argument is of another kind; likewise.
         FloatingPointError: an objective, a weight or the network's output became infinite or NaN: the
             sentence names the module and what to lower; the checkpoint holds the last good epoch.
+
+    >>> import modlib
+    >>> data = modlib.data.load("digits")
+    >>> net = modlib.partition(modlib.networks.mlp([64, 32, 10], seed=0), modules=2)
+    >>> history = fit(net, modlib.methods.LocalLearning(), data, epochs=5, progress=False)
+    >>> history.final["test_accuracy"] > 0.8
+    True
     """
     check_kind("net", net, nn.Module, "modlib.networks.mlp([64, 10])")
     check_kind("method", method, Method, "modlib.methods.E2EBP()")

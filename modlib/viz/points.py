@@ -25,7 +25,12 @@ _KEYS = ("name", "category", "marker", "up")
 
 
 class Points:
-    """A scatter plot as SVG, with its picture. Made by :func:`points`; notebooks display it by themselves."""
+    """A scatter plot as SVG, with its picture. Made by ``points``; notebooks display it by themselves.
+
+    >>> row = {"name": "A", "category": "modular", "marker": "o", "up": [1.0], "MiB": 2.0}
+    >>> points([row], {"MiB": "bytes held (MiB)"}, "accuracy (%)", alt="One mark").names
+    ('A',)
+    """
 
     def __init__(self, svg: str, picture: bytes, alt: str, names: Sequence[str]) -> None:
         self.svg, self.picture, self.alt, self.names = svg, picture, alt, tuple(names)

@@ -12,7 +12,11 @@ Record = dict[str, Any]
 
 
 def records_folder() -> Path:
-    """The records of the checkout this package lies in, else those installed with the package."""
+    """The records of the checkout this package lies in, else those installed with the package.
+
+    >>> records_folder().name
+    'results'
+    """
     root = Path(__file__).parents[2]
     shares = [root, Path(sys.prefix), Path(site.getuserbase())]
     places = [root / "book/results", *(share / "share/modlib/results" for share in shares)]

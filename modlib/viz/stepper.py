@@ -40,7 +40,13 @@ _READY = "this.closest('figure').querySelector('[data-controls]').style.display 
 
 
 class Stepper:
-    """Pictures under one slider. Made by :func:`stepper`; notebooks display it by themselves."""
+    """Pictures under one slider. Made by ``stepper``; notebooks display it by themselves.
+
+    >>> import matplotlib.pyplot as plt
+    >>> shown = stepper([plt.figure(figsize=(1, 1))], ["An empty figure"], label="epoch")
+    >>> len(shown.pictures), shown.alts
+    (1, ('An empty figure',))
+    """
 
     def __init__(
         self,

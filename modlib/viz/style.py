@@ -28,6 +28,8 @@ def style() -> None:
     >>> import matplotlib.pyplot as plt
     >>> plt.rcParams["axes.spines.top"]
     False
+    >>> plt.rcParams["axes.prop_cycle"].by_key()["color"] == list(COLOURS)
+    True
     """
     mpl.rcParams.update(
         {
@@ -82,7 +84,8 @@ def band(
         ValueError: ``runs`` is not a table of (seeds, T) that fits ``x``.
 
     >>> import matplotlib.pyplot as plt
-    >>> line = band(plt.figure().gca(), [1, 2], [[0.1, 0.5], [0.3, 0.7]], label="E2EBP")
+    >>> runs, colour = [[0.1, 0.5], [0.3, 0.7]], CATEGORY_COLOURS["end-to-end"]
+    >>> line = band(plt.figure().gca(), [1, 2], runs, label="E2EBP", color=colour)
     >>> line.get_ydata().round(2).tolist()
     [0.2, 0.6]
     """

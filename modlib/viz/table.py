@@ -5,7 +5,12 @@ from html import escape
 
 
 class Table:
-    """Rows under a caption. Made by :func:`table`; notebooks display it by themselves."""
+    """Rows under a caption. Made by ``table``; notebooks display it by themselves.
+
+    >>> shown = table([{"method": "E2EBP", "accuracy (%)": 93.1}], caption="One seed")
+    >>> shown.columns, shown.rows
+    (['method', 'accuracy (%)'], [['E2EBP', '93.1']])
+    """
 
     def __init__(self, rows: Sequence[Mapping[str, object]], caption: str) -> None:
         self.columns = list(rows[0])

@@ -8,6 +8,7 @@ __all__ = ["RATES", "RECIPES", "TUNED", "Profile", "Recipe"]
 RECIPES: dict[str, Recipe] = {
     recipe.name: recipe for room in (cifar10, mnist, papers, strong) for recipe in room.RECIPES
 }
+"""Every recipe by its name."""
 
 # Recipes as functions of the learning rate, for tuning.
 TUNED = {**cifar10.TUNED, **mnist.TUNED}

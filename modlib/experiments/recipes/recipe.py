@@ -38,6 +38,10 @@ class Profile:
         batch_size: images a step.
         channels_last: memory layout.
         precision: as in ``modlib.fit``.
+
+    >>> small = Profile("digits", widths=(8, 8), epochs=1, n_train=100, n_test=50)
+    >>> small.load(None)
+    Dataset('digits', shape=(1, 8, 8), train=100, test=50, classes=10)
     """
 
     data: str
@@ -116,6 +120,13 @@ class Recipe:
             averaged.
         watch: what to measure after every epoch, of (stage, network, batch), for the record's history.
         augment: as in ``modlib.fit``.
+
+    >>> from modlib.methods import E2EBP
+    >>> small = Profile("digits", widths=(8, 8, 16), epochs=1, n_train=100, n_test=50, size=32)
+    >>> own = Recipe("own", cut=("conv3",), method=E2EBP, note={"lr": 0.1}, profiles={"smoke": small})
+    >>> data = small.load(None)
+    >>> own.network(small, data, seed=0, x=torch.zeros(2, *data.shape)).names[0]
+    ('conv1', 'conv2')
     """
 
     name: str
