@@ -41,10 +41,13 @@ def noise() -> Dataset:
 
 
 def network(width: int) -> ModularNetwork:
-    """Equal convolutions on maps of 16 × 16: three and the images' own in one module, three in the other."""
+    """Equal convolutions on maps of 16 × 16: three and the images' own in one module, four in the other.
+
+    A module's first convolution sends no gradient to its input, and the first module has a head beside it.
+    """
     torch.manual_seed(0)
     layers: OrderedDict[str, nn.Module] = OrderedDict()
-    for number in range(7):
+    for number in range(8):
         given, stride = (width, 1) if number else (3, 2)
         convolution = nn.Conv2d(given, width, 3, stride, padding=1, bias=False)
         layers[f"conv{number}"] = nn.Sequential(convolution, nn.BatchNorm2d(width), nn.ReLU())
