@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -240,17 +241,24 @@ def reached(
     seen: list[set[int]] = []
     watched: list[ModularNetwork] = []
 
-    def update(loss: Tensor, optimizer: torch.optim.Optimizer, scaler: Any) -> None:
+    @contextmanager
+    def descending(
+        optimizer: torch.optim.Optimizer, scaler: Any, fused: bool = False
+    ) -> Iterator[None]:
         for parameter in watched[0].parameters():
             parameter.grad = None
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        yield
         seen.append(
             {k for k, m in enumerate(watched[0]) if any(p.grad is not None for p in m.parameters())}
         )
         optimizer.step()
 
-    monkeypatch.setattr(method, "update", update)
+    def update(loss: Tensor, optimizer: torch.optim.Optimizer, scaler: Any) -> None:
+        with descending(optimizer, scaler):
+            loss.backward()
+
+    monkeypatch.setattr(method, "descending", descending)
     monkeypatch.setattr(target_propagation, "update", update)
     monkeypatch.setattr(synthetic_gradients, "update", update)
     yield seen, watched

@@ -7,12 +7,16 @@ is exact and the same on every machine.
 
 from __future__ import annotations
 
+import weakref
 from collections import Counter
 from collections.abc import Iterable
 from types import TracebackType
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 __all__ = [
     "SavedBytes",
@@ -40,14 +44,17 @@ class SavedBytes:
     32
     """
 
+    watching: ClassVar[list[SavedBytes]] = []  # those whose context has been entered
+
     def __init__(self, parameters: Iterable[Tensor] = ()) -> None:
-        self._ignored = {p.untyped_storage().data_ptr() for p in parameters}
-        self._holders: Counter[int] = Counter()  # storage address -> how many saved tensors use it
+        self._ignored = {storage_of(p) for p in parameters}
+        self._holders: Counter[int] = Counter()  # storage -> how many saved tensors use it
         self.now = 0
         self.peak = 0
-        self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, lambda held: held.tensor)
+        self._hooks = torch.autograd.graph.saved_tensors_hooks(hold, lambda held: held.tensor)
 
     def __enter__(self) -> SavedBytes:
+        SavedBytes.watching.append(self)
         self._hooks.__enter__()
         return self
 
@@ -58,41 +65,94 @@ class SavedBytes:
         trace: TracebackType | None,
     ) -> None:
         self._hooks.__exit__(kind, error, trace)
-
-    def _pack(self, tensor: Tensor) -> _Held:
-        # detach(): an operation's own output would otherwise hold the graph that holds it
-        return _Held(tensor.detach(), self)
+        SavedBytes.watching.remove(self)
 
     def holds(self, tensor: Tensor) -> bool:
         """Does autograd hold this tensor's storage now?"""
-        return self._holders[tensor.untyped_storage().data_ptr()] > 0
+        return self._holders[storage_of(tensor)] > 0
 
     def take(self, tensor: Tensor) -> None:
         """Note that one more saved tensor uses this storage."""
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() in self._ignored:
+        storage = storage_of(tensor)
+        if storage in self._ignored:
             return
-        self._holders[storage.data_ptr()] += 1
-        if self._holders[storage.data_ptr()] == 1:
-            self.now += storage.nbytes()
+        self._holders[storage] += 1
+        if self._holders[storage] == 1:
+            self.now += tensor.untyped_storage().nbytes()
             self.peak = max(self.peak, self.now)
 
     def release(self, tensor: Tensor) -> None:
         """Note that one saved tensor of this storage was let go."""
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() in self._ignored:
+        storage = storage_of(tensor)
+        if storage in self._ignored:
             return
-        self._holders[storage.data_ptr()] -= 1
-        if self._holders[storage.data_ptr()] == 0:
-            self.now -= storage.nbytes()
+        self._holders[storage] -= 1
+        if self._holders[storage] == 0:
+            self.now -= tensor.untyped_storage().nbytes()
 
 
-class _Held:
-    """A saved tensor; autograd drops it when the backward pass no longer needs it."""
+class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Context manager that counts the bytes of all tensors that are made in it and are still there.
 
-    def __init__(self, tensor: Tensor, meter: SavedBytes) -> None:
-        self.tensor, self._meter = tensor, meter
-        meter.take(tensor)
+    Activations, gradients, whatever an operation leaves behind, whoever holds it; what an operation needs
+    for itself while it runs is not seen.
+
+    Attributes:
+        now: bytes alive at this moment.
+        peak: the most at any moment.
+
+    >>> import torch
+    >>> with LiveBytes() as memory:
+    ...     x = torch.ones(4).exp()    # the ones are gone when x is there
+    >>> memory.now, memory.peak
+    (16, 32)
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.now = self.peak = 0
+        self._alive: dict[int, weakref.finalize[..., Any]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = {storage_of(t) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, Tensor) and storage_of(tensor) not in given:
+                self._take(tensor)
+        return out
+
+    def _take(self, tensor: Tensor) -> None:
+        storage, key = tensor.untyped_storage(), storage_of(tensor)
+        if key in self._alive:
+            return
+        self.now += storage.nbytes()
+        self.peak = max(self.peak, self.now)
+        self._alive[key] = weakref.finalize(storage, self._gone, key, storage.nbytes())
+
+    def _gone(self, key: int, size: int) -> None:
+        del self._alive[key]
+        self.now -= size
+
+
+def storage_of(tensor: Tensor) -> int:
+    """What tensors that share memory have in common; also on the device "meta", where none is used."""
+    return int(tensor.untyped_storage()._cdata)
+
+
+class Held:
+    """A saved tensor, as ``hold`` gives it; dropped when the backward pass no longer needs it."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor, self._meters = tensor, tuple(SavedBytes.watching)
+        for meter in self._meters:
+            meter.take(tensor)
 
     def __del__(self) -> None:
-        self._meter.release(self.tensor)
+        for meter in self._meters:
+            meter.release(self.tensor)
+
+
+def hold(tensor: Tensor) -> Held:
+    """Hold a tensor for a backward pass, where every ``SavedBytes`` that is watching counts it."""
+    # detach(): an operation's own output would otherwise hold the graph that holds it
+    return Held(tensor.detach())

@@ -11,15 +11,11 @@ Category measured by the audit: end-to-end.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from modlib.methods.method import Method, Optimizers, Stage, checked
 from modlib.network import ModularNetwork
-from modlib.networks.seeding import again, random_state
+from modlib.networks.recompute import layers_of, recomputing
 from modlib.objectives import CrossEntropy, Objective
 
 
@@ -62,42 +58,5 @@ class _RecomputingStage(Stage):
     def step(self, x: Tensor, y: Tensor) -> Tensor:
         (net,) = self.modules
         modules = list(net.children())[:-1]
-        try:
-            for module in modules:
-                module.forward = _recomputed(module)
+        with recomputing({module: [(0, len(layers_of(module)))] for module in modules}):
             return super().step(x, y)
-        finally:
-            for module in modules:
-                module.__dict__.pop("forward", None)  # the class's own is back
-
-
-def _recomputed(module: nn.Module) -> Callable[[Tensor], Tensor]:
-    """The module's forward pass, of which autograd keeps the input alone."""
-    run = module.forward
-    parameters = [p for p in module.parameters() if p.requires_grad]
-    return lambda h: _Recompute.apply(module, run, h, *parameters)
-
-
-class _Recompute(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, module: nn.Module, run: Callable[[Tensor], Tensor], h: Tensor, *parameters: Tensor
-    ) -> Tensor:
-        ctx.module, ctx.run, ctx.parameters = module, run, parameters
-        ctx.save_for_backward(h)
-        ctx.autocast = torch.is_autocast_enabled(h.device.type)
-        ctx.dtype = torch.get_autocast_dtype(h.device.type)
-        ctx.random = random_state(h.device)
-        return run(h)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Any:
-        needed = ctx.needs_input_grad[2:]
-        h = ctx.saved_tensors[0].detach().requires_grad_(needed[0])
-        autocast = torch.autocast(h.device.type, ctx.dtype, ctx.autocast)
-        inputs = [t for t, wanted in zip((h, *ctx.parameters), needed, strict=True) if wanted]
-        with torch.enable_grad(), again(ctx.module, ctx.random, h.device):
-            with autocast:
-                out = ctx.run(h)
-            gradients = iter(torch.autograd.grad(out, inputs, gradient))
-        return None, None, *(next(gradients) if wanted else None for wanted in needed)

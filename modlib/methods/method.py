@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol, Self
@@ -24,6 +24,7 @@ from torch.optim import Optimizer
 from modlib.network import ModularNetwork
 from modlib.networks.seeding import reseed
 from modlib.objectives import Objective
+from modlib.objectives.objective import Term
 
 MakeOptimizer = Callable[[Iterable[nn.Parameter]], Optimizer]
 Optimizers = MakeOptimizer | Sequence[MakeOptimizer] | None  # one for all modules, or one each
@@ -113,6 +114,7 @@ class Stage:
 
     Attributes:
         autocast: makes the context in which modules and objectives run (mixed precision).
+        fused: let a parameter take its step as soon as its gradient is there (``descending``).
         scalers: one gradient scaler for each optimiser; disabled unless training is in float16.
         value: what the numbers are that ``step`` returns, for a report of one that became infinite.
         remedy: what to do then.
@@ -150,6 +152,7 @@ class Stage:
         self.autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
         self.stream: tuple[int, ...] | None = None
         self.below = 0
+        self.fused = False
         self.scalers = [torch.amp.GradScaler(enabled=False) for _ in self.optimizers]
 
     def train(self) -> None:
@@ -195,10 +198,28 @@ class Stage:
         return h
 
     def learn(self, k: int, h: Tensor, y: Tensor, x: Tensor) -> Tensor | None:
-        """Update module k, whose output is h; its objective's value before, if there is one to report."""
+        """Update module k, whose output is h; its objective's value before, if there is one to report.
+
+        A term of the objective that sees the module through h alone goes back as far as h, where its
+        gradient waits, before the next term is computed: autograd holds one of them at a time.
+        """
+        *early, last = self.objectives[k].terms()
+        scaler = self.scalers[k]
+        value = torch.zeros((), device=h.device)
+        with descending(self.optimizers[k], scaler, self.fused):
+            below = h.detach().requires_grad_(h.requires_grad)
+            for term in early:
+                value = value + self._go_back(term, (below, y, x), scaler)
+            if below.grad is not None:
+                h.register_hook(partial(_joined, below))  # type: ignore[no-untyped-call]
+            return value + self._go_back(last, (h, y, x), scaler)
+
+    def _go_back(
+        self, term: Term, seen: tuple[Tensor, Tensor, Tensor], scaler: torch.amp.GradScaler
+    ) -> Tensor:
         with self.autocast():
-            loss = self.objectives[k].local(h, y, x)
-        update(loss, self.optimizers[k], self.scalers[k])
+            loss = term(*seen)
+        scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
         return loss.detach()
 
     def alone(self, k: int) -> Self:
@@ -268,12 +289,48 @@ class Stage:
 _PARTS = ("objectives", "optimizers", "scalers", "auxiliary")
 
 
+def _joined(waiting: Tensor, gradient: Tensor) -> Tensor:
+    """A gradient and the one that waits at a leaf, which forgets it."""
+    before, waiting.grad = waiting.grad, None
+    return gradient if before is None else before.add_(gradient)
+
+
 def update(loss: Tensor, optimizer: Optimizer, scaler: torch.amp.GradScaler) -> None:
     """One step of an optimiser down the gradient of a loss."""
+    with descending(optimizer, scaler):
+        scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+
+
+@contextmanager
+def descending(
+    optimizer: Optimizer, scaler: torch.amp.GradScaler, fused: bool = False
+) -> Iterator[None]:
+    """One step of an optimiser down the gradients that the backward passes in the block find.
+
+    Args:
+        optimizer: of parameters that each get a gradient once in the block.
+        scaler: of the losses' gradients.
+        fused: let every parameter take its step as soon as its gradient is there, and let go of the
+            gradient. With a scaler that has to see all gradients first, they wait for the end.
+    """
     optimizer.zero_grad(set_to_none=True)
-    scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
-    scaler.step(optimizer)
-    scaler.update()
+    if not fused or scaler.is_enabled():
+        yield
+        scaler.step(optimizer)
+        scaler.update()
+        return
+
+    def step(parameter: Tensor) -> None:
+        optimizer.step()  # of the only parameter that has a gradient
+        parameter.grad = None
+
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    hooks = [p.register_post_accumulate_grad_hook(step) for p in parameters if p.requires_grad]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def checked(name: str, objective: Objective) -> Objective:

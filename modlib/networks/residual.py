@@ -47,8 +47,9 @@ class ResidualUnit(nn.Module):
     def forward(self, u: Tensor) -> Tensor:
         s = F.relu(u) if self.boundary == "before" else u
         shortcut = F.pad(s[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, 0, self.more))
-        out = cast(Tensor, shortcut + self.branch(s))
-        return F.relu(out) if self.boundary == "after" else out
+        # In place where no gradient needs what was there: the norm's keeps its input, the sum's nothing.
+        out = cast(Tensor, self.branch(s)).add_(shortcut)
+        return out.relu_() if self.boundary == "after" else out
 
 
 def resnet(

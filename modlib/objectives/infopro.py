@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from modlib.kernels import wide
+from modlib.networks.recompute import run_again
 from modlib.objectives.cross_entropy import cross_entropy
-from modlib.objectives.objective import Objective
+from modlib.objectives.objective import Objective, Term
 from modlib.objectives.proxy import SupCon
 from modlib.tokens import as_maps, maps_shape
 
@@ -112,12 +113,16 @@ class InfoPro(Objective):
         self.pixels = True
 
     def local(self, h: Tensor, y: Tensor, x: Tensor) -> Tensor:
-        terms = []  # a term of weight 0 is not computed: the decoder works at the image's full size
+        return torch.stack([term(h, y, x) for term in self.terms()]).sum()
+
+    def terms(self) -> Sequence[Term]:
+        # a term of weight 0 is not computed: the decoder works at the image's full size
+        terms: list[Term] = []
         if self.reconstruction:
-            terms.append(self.reconstruction * self.reconstruction_loss(h, x))
+            terms.append(lambda h, y, x: self.reconstruction * self.reconstruction_loss(h, x))
         if self.label:
-            terms.append(self.label * self.label_loss(h, y))
-        return torch.stack(terms).sum()
+            terms.append(lambda h, y, x: self.label * self.label_loss(h, y))
+        return terms
 
     def forward(self, h: Tensor, y: Tensor) -> Tensor:
         raise ValueError(
@@ -145,8 +150,16 @@ class InfoPro(Objective):
                 f"W) from {len(h)} outputs; give the network's input (not stored features) and its "
                 "number of channels."
             )
-        large = F.interpolate(as_maps(wide(h)), x.shape[-2:], mode="bilinear", align_corners=True)
-        return wide(_made(self.decoder)(large))
+        first, *rest = cast(nn.Sequential, _made(self.decoder))
+        maps, size = as_maps(wide(h)), (x.shape[2], x.shape[3])
+        # Held would be a map of the image's size: it is copied where it has that size already, and the
+        # larger one is made again.
+        maps = (
+            first(maps)
+            if maps.shape[-2:] == size
+            else run_again([nn.UpsamplingBilinear2d(size), first], maps)
+        )
+        return wide(nn.Sequential(*rest)(maps))
 
     def label_loss(self, h: Tensor, y: Tensor) -> Tensor:
         """Loss of the auxiliary network's output."""

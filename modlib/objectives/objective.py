@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Self, cast
 
 from torch import Tensor, nn
+
+Term = Callable[[Tensor, Tensor, Tensor], Tensor]  # (h, y, x) -> scalar
 
 
 class Objective(nn.Module):
@@ -59,6 +61,14 @@ class Objective(nn.Module):
         makes no difference. On stored features of frozen modules x is those features.
         """
         return cast(Tensor, self(h, y))
+
+    def terms(self) -> Sequence[Term]:
+        """Functions of (h, y, x) whose sum is ``local(h, y, x)``, so that each may go back before the next.
+
+        Autograd then holds what one of them needs at a time. All of them but the last must depend on a
+        module through h alone, and no parameter may be in two of them.
+        """
+        return (self.local,)
 
     def forward(self, h: Tensor, y: Tensor) -> Tensor:
         raise NotImplementedError(f"{type(self).__name__} must define forward(h, y) -> scalar.")

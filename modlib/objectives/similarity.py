@@ -27,7 +27,7 @@ from torch.nn import functional as F
 from modlib.kernels import wide
 from modlib.objectives.auxiliary import AuxiliaryClassifier
 from modlib.objectives.cross_entropy import check_labels
-from modlib.objectives.objective import Objective
+from modlib.objectives.objective import Objective, Term
 from modlib.tokens import pooled, pooled_shape
 
 _EPSILON = 1e-8  # added to a norm, so that constant features are similar to nothing
@@ -128,8 +128,14 @@ class PredSim(Objective):
         return ready
 
     def forward(self, h: Tensor, y: Tensor) -> Tensor:
-        loss: Tensor = (1 - self.beta) * self.pred(h, y) + self.beta * self.sim(h, y)
-        return loss
+        classified, compared = (term(h, y, h) for term in self.terms())
+        return classified + compared
+
+    def terms(self) -> Sequence[Term]:
+        return (
+            lambda h, y, x: (1 - self.beta) * self.pred(h, y),
+            lambda h, y, x: self.beta * self.sim(h, y),
+        )
 
     def logits(self, h: Tensor) -> Tensor:
         """The local classifier's logits (N, classes) for a module's output h."""

@@ -107,3 +107,20 @@ def check_kind(name: str, value: object, kind: type, example: str) -> None:
     if not isinstance(value, kind):
         what = f"the class {value.__name__}" if isinstance(value, type) else f"{value!r:.60}"
         raise TypeError(f"{name}: {what} is no {kind.__name__}; give one, such as {example}.")
+
+
+def check_budget(recompute: int | str | None) -> None:
+    """Refuse what is no number of bytes for ``fit``'s ``recompute``.
+
+    Raises:
+        ValueError: it is none.
+
+    >>> check_budget("most")
+    Traceback (most recent call last):
+    ValueError: recompute='most': give a number of bytes, "least", or None to run nothing again.
+    """
+    whole = isinstance(recompute, int) and not isinstance(recompute, bool) and recompute > 0
+    if not (whole or recompute is None or recompute == "least"):
+        raise ValueError(
+            f'recompute={recompute!r}: give a number of bytes, "least", or None to run nothing again.'
+        )

@@ -17,15 +17,18 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from modlib.data import Augment, Dataset, Loader
+from modlib.measure.segments import chosen
 from modlib.methods import Method, Stage
 from modlib.methods.method import Batches
 from modlib.network import ModularNetwork
+from modlib.networks.recompute import recomputing
 from modlib.networks.seeding import forked
 from modlib.networks.sizes import check_whole
 from modlib.training import checkpoints
 from modlib.training.arguments import (
     Schedule,
     augmentation,
+    check_budget,
     check_kind,
     pick_device,
     precision_name,
@@ -71,6 +74,8 @@ def fit(
     progress: bool = True,
     after_epoch: Callable[[nn.Module, Row], None] | None = None,
     parallel: Parallel | None = None,
+    recompute: int | str | None = None,
+    fused: bool = False,
 ) -> History:
     """Train a network by a method.
 
@@ -103,6 +108,13 @@ def fit(
             measurements (plain Python numbers, so that a checkpoint can hold them).
         parallel: who trains where many processes do: ``modlib.parallel.ModuleParallel``. The checkpoint is
             then a folder.
+        recompute: how many bytes autograd may hold for one module and its objective. Layers whose
+            activations do not fit are run again for their gradient, as few as will do; "least" takes the
+            fewest bytes. Training is the same, bit for bit, and slower.
+        fused: let each parameter take its step as soon as its gradient is there, and let go of the
+            gradient: the same steps, if the optimiser treats every parameter by itself (clipping all
+            gradients together does not). Local learning and E2EBP do so, other methods and "float16" step
+            as they always do.
 
     Returns:
         The history; the network is trained in place and left in eval mode.
@@ -133,6 +145,7 @@ def fit(
     if resume and checkpoint is None:
         raise ValueError("resume=True needs a checkpoint to go on from; give checkpoint=PATH.")
     factor = schedule_function(schedule)
+    check_budget(recompute)
     precision = precision_name(precision, device)
     layout = torch.channels_last if channels_last else torch.contiguous_format
     net.to(device, memory_format=layout)  # type: ignore[call-overload]
@@ -167,11 +180,13 @@ def fit(
         for stage in stages:
             stage.check(loader)
             _set_precision(stage, precision, device)
+            stage.fused = fused
         run = (parallel.run if parallel else Run)(net, stages, lengths, settings, factor)
         if checkpoint is not None:
             run.open(checkpoint, resume)
-        rehearse(net, stages, loader, seed)
-        run.train(loader, data, progress, after_epoch)
+        with recomputing(_again(stages, loader, recompute)):
+            rehearse(net, stages, loader, seed)
+            run.train(loader, data, progress, after_epoch)
     net.eval()
     return run.history
 
@@ -357,6 +372,19 @@ class Run:
             f"epochs={list(self.epochs)}: {self.checkpoint.path} belongs to a run with "
             f"{list(before)}, and {why}; give those epochs or another path."
         )
+
+
+def _again(
+    stages: Sequence[Stage], loader: Loader, recompute: int | str | None
+) -> dict[nn.Module, list[tuple[int, int]]]:
+    """What every module runs again in a step."""
+    found: dict[nn.Module, list[tuple[int, int]]] = {}
+    if recompute is not None:
+        x, _ = loader.sample(loader.batch_size)
+        for stage in stages:
+            stage.train()
+            found |= chosen(stage, x, recompute if isinstance(recompute, int) else None)
+    return found
 
 
 def _set_precision(stage: Stage, precision: str, device: torch.device) -> None:

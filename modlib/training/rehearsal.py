@@ -111,6 +111,9 @@ class _Prompter:
     def get_scale(self) -> float:
         return 1.0
 
+    def is_enabled(self) -> bool:
+        return False
+
 
 @contextmanager
 def _unmoved(net: nn.Module, stage: Stage) -> Iterator[None]:
