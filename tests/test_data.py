@@ -905,7 +905,7 @@ def test_sample_is_plain_fixed_and_mixed() -> None:
         ({"sampler": "stratified", "drop_last": False}, "full batches in random order"),
         ({"sampler": "stratified", "batch_size": 2}, "from 3 .two of a class and one of another"),
         ({"memory": "disk"}, "memory is 'disk'"),
-        ({"device": "gpu"}, "device is 'gpu'"),
+        ({"device": "gpu"}, "device='gpu' cannot be used here"),
         ({"augment": Augment(pad=12)}, "augment pads by 12 but made has a side of 12"),
         ({"augment": "auto"}, "augment is 'auto'"),
         ({"dataset": load("moons"), "augment": Augment()}, "moons holds vectors"),

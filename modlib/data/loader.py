@@ -16,6 +16,7 @@ from modlib.data.dataset import Array, Dataset, take
 from modlib.data.distortion import Distortion
 from modlib.data.memory import ahead, free_memory
 from modlib.data.stratified import check_batch, lonely, stratified_batches
+from modlib.device import moved, pick_device
 
 Batch = tuple[Tensor, Tensor]
 Split = Literal["train", "test"]
@@ -35,7 +36,7 @@ class Loader:
         dataset: what to load from.
         split: "train" or "test".
         batch_size: images in a batch; all of them where the split has fewer.
-        device: where batches are delivered.
+        device: where batches are delivered, as in ``modlib.fit``.
         augment: an ``Augment``, True for ``default_augment(dataset)``, False for none.
         shuffle: take the images in a new random order in each epoch.
         drop_last: leave out a last batch that is not full.
@@ -81,7 +82,7 @@ class Loader:
         self.n = len(labels)
         self.dataset, self.split, self.batch_size = dataset, split, min(_whole(batch_size), self.n)
         self.shuffle, self.drop_last, self.channels_last = shuffle, drop_last, channels_last
-        self.device = _checked_device(device)
+        self.device = pick_device(device)
         self.augment = _checked_augment(augment, dataset)
         # A vector is an image of one pixel with many channels: there is one way for both.
         self._images = images[:, None, None, :] if images.ndim == 2 else images
@@ -228,7 +229,7 @@ class Loader:
         return sampler
 
     def _on_device(self, array: Array) -> Tensor:
-        return torch.from_numpy(array).to(self.device)
+        return moved(torch.from_numpy(array), self.device)
 
     def _finish(self, crops: Tensor, distort: Callable[[Tensor], Tensor] | None = None) -> Tensor:
         """Normalised float32 in the shape and memory format that was asked for; tokens as they are."""
@@ -259,16 +260,6 @@ def _whole(batch_size: object) -> int:
     if not isinstance(batch_size, (int, np.integer)) or batch_size < 1:
         raise ValueError(f"batch_size is {batch_size!r}; give a whole number of at least 1.")
     return int(batch_size)
-
-
-def _checked_device(device: str | torch.device) -> torch.device:
-    try:
-        checked = torch.device(device)
-    except RuntimeError as error:
-        raise ValueError(f"device is {device!r}; give 'cpu', 'cuda' or 'mps'.") from error
-    if checked.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device is {device!r} but torch finds no CUDA device; give 'cpu'.")
-    return checked
 
 
 def _checked_augment(augment: Augment | bool, dataset: Dataset) -> Augment:

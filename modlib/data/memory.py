@@ -10,6 +10,8 @@ from typing import TypeVar
 
 import torch
 
+from modlib.device import free_bytes
+
 Part = TypeVar("Part")
 Made = TypeVar("Made")
 
@@ -36,10 +38,9 @@ def ahead(make: Callable[[Part], Made], parts: Iterable[Part]) -> Iterator[Made]
 
 def free_memory(device: torch.device) -> int:
     """Bytes of memory that are free on a device, and that this process may take, as far as it is told."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    if device.type == "mps":
-        return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
+    on_device = free_bytes(device)
+    if on_device is not None:
+        return on_device
     return max(0, min(_free(), _free_of_process(), _free_of_groups()))
 
 

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import torch
 
+from modlib.device import device_name
+
 
 def versions() -> dict[str, str]:
     """Versions of what a result depends on."""
@@ -22,9 +24,7 @@ def versions() -> dict[str, str]:
 
 def hardware(device: torch.device) -> str:
     """The processor that did the work, and how many threads it was given."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{_processor()}, {torch.get_num_threads()} thread(s)"
+    return device_name(device) or f"{_processor()}, {torch.get_num_threads()} thread(s)"
 
 
 def commit() -> str | None:

@@ -18,11 +18,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from modlib.device import forked
 from modlib.measure.memory import SavedBytes
 from modlib.methods import Method, Stage
 from modlib.methods.method import OneBatch
 from modlib.network import ModularNetwork
-from modlib.networks.seeding import forked
 
 __all__ = [
     "Audit",

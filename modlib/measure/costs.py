@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+from modlib.device import synchronise
 from modlib.methods import E2EBP, Method, Stage
 from modlib.network import ModularNetwork
 
@@ -51,13 +52,13 @@ def costs(
     net, method = copy.deepcopy(net), copy.deepcopy(method)
     x, y = batch
     with torch.no_grad():
-        network = _flops(lambda: net(x))
+        network = operations(lambda: net(x))
     stages = method.stages(net, x)
     whole = E2EBP().stages(copy.deepcopy(net), x)
     for stage in [*stages, *whole]:  # first steps make buffers, and wait for errors that come late
         for _ in range(stage.delay + 1):
             _step(stage, x, y)
-    step = sum(_flops(lambda stage=stage: _step(stage, x, y)) for stage in stages)  # type: ignore[misc]
+    step = sum(operations(lambda stage=stage: _step(stage, x, y)) for stage in stages)  # type: ignore[misc]
     ratios = [_seconds(stages, x, y) / _seconds(whole, x, y) for _ in range(repeats)]
     return {
         "network_flops": network // len(x),
@@ -85,7 +86,12 @@ class _Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return out
 
 
-def _flops(work: Callable[[], object]) -> int:
+def operations(work: Callable[[], object]) -> int:
+    """Floating-point operations of what a function does, a multiply-add counted as two.
+
+    >>> operations(lambda: torch.zeros(2, 3) @ torch.zeros(3, 4))
+    48
+    """
     with _Operations() as counter:  # type: ignore[no-untyped-call]
         work()
     return int(counter.total)
@@ -95,8 +101,7 @@ def _seconds(stages: list[Stage], x: Tensor, y: Tensor) -> float:
     clock = time.perf_counter()
     for stage in stages:
         _step(stage, x, y)
-    if x.device.type == "cuda":
-        torch.cuda.synchronize(x.device)
+    synchronise(x.device)
     return time.perf_counter() - clock
 
 

@@ -23,11 +23,12 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+from modlib.device import random_state
 from modlib.measure.memory import SavedBytes, storage_of
 from modlib.methods.method import Stage
 from modlib.network import ModularNetwork
 from modlib.networks.recompute import layers_of
-from modlib.networks.seeding import again, random_state
+from modlib.networks.seeding import again
 from modlib.objectives import Objective
 from modlib.objectives.objective import Term
 

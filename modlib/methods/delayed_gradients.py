@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Self
 
@@ -29,9 +29,10 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.optim import Optimizer
 
+from modlib.device import MakeContext, Scaler, random_state
 from modlib.methods.method import Method, Optimizers, Stage, checked, update
 from modlib.network import ModularNetwork
-from modlib.networks.seeding import again, random_state
+from modlib.networks.seeding import again
 from modlib.objectives import CrossEntropy, Objective
 
 Batch = tuple[Tensor, Tensor]
@@ -158,7 +159,7 @@ class Worker:
         self.module, self.objective = module, objective
         self.delay, self.replay, self.sends = delay, replay, sends
         self.waiting: deque[_Waiting] = deque()
-        self.autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
+        self.autocast: MakeContext = nullcontext
 
     def forward(self, h: Tensor) -> Tensor:
         """Run the module on a batch's h (N, ...), and keep what its gradient needs: the output."""
@@ -177,7 +178,7 @@ class Worker:
         return out.detach()
 
     def backward(
-        self, error: Tensor | None, optimizer: Optimizer, scaler: torch.amp.GradScaler
+        self, error: Tensor | None, optimizer: Optimizer, scaler: Scaler
     ) -> tuple[Tensor | None, Tensor | None]:
         """Update the module by the error of the batch that has waited longest.
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol, Self
@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from modlib.device import MakeContext, Scaler, scalers
 from modlib.network import ModularNetwork
 from modlib.networks.seeding import reseed
 from modlib.objectives import Objective
@@ -70,6 +71,25 @@ def sgd(
         return make([group for group in groups if group["params"]])
 
     return grouped
+
+
+def adamw(lr: float = 1e-3, weight_decay: float = 5e-5) -> MakeOptimizer:
+    """Adam with decoupled decay, to be made for each module; the decay does not grow with the rate.
+
+    A bias needs no rate of its own here: Adam's steps do not depend on a gradient's scale.
+
+    Args:
+        lr: the learning rate.
+        weight_decay: the share that a weight loses in a step at full rate, as in ``sgd`` with ``decoupled``.
+
+    Source: Loshchilov & Hutter 2019 (arXiv 1711.05101), algorithm 2.
+
+    >>> import torch
+    >>> (group,) = adamw(0.01, weight_decay=1e-4)(torch.nn.Linear(2, 2).parameters()).param_groups
+    >>> group["lr"], group["weight_decay"]
+    (0.01, 0.01)
+    """
+    return partial(torch.optim.AdamW, lr=lr, weight_decay=weight_decay / lr)
 
 
 class Batches(Protocol):
@@ -149,11 +169,11 @@ class Stage:
         self.modules, self.objectives = list(modules), list(objectives)
         self.optimizers, self.frozen = list(optimizers), list(frozen)
         self.complete, self.auxiliary = complete, list(auxiliary)
-        self.autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
+        self.autocast: MakeContext = nullcontext
         self.stream: tuple[int, ...] | None = None
         self.below = 0
         self.fused = False
-        self.scalers = [torch.amp.GradScaler(enabled=False) for _ in self.optimizers]
+        self.scalers = scalers(len(self.optimizers))
 
     def train(self) -> None:
         """Put what is trained into training mode, and what is frozen into eval mode."""
@@ -214,9 +234,7 @@ class Stage:
                 h.register_hook(partial(_joined, below))  # type: ignore[no-untyped-call]
             return value + self._go_back(last, (h, y, x), scaler)
 
-    def _go_back(
-        self, term: Term, seen: tuple[Tensor, Tensor, Tensor], scaler: torch.amp.GradScaler
-    ) -> Tensor:
+    def _go_back(self, term: Term, seen: tuple[Tensor, Tensor, Tensor], scaler: Scaler) -> Tensor:
         with self.autocast():
             loss = term(*seen)
         scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
@@ -295,16 +313,14 @@ def _joined(waiting: Tensor, gradient: Tensor) -> Tensor:
     return gradient if before is None else before.add_(gradient)
 
 
-def update(loss: Tensor, optimizer: Optimizer, scaler: torch.amp.GradScaler) -> None:
+def update(loss: Tensor, optimizer: Optimizer, scaler: Scaler) -> None:
     """One step of an optimiser down the gradient of a loss."""
     with descending(optimizer, scaler):
         scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
 
 
 @contextmanager
-def descending(
-    optimizer: Optimizer, scaler: torch.amp.GradScaler, fused: bool = False
-) -> Iterator[None]:
+def descending(optimizer: Optimizer, scaler: Scaler, fused: bool = False) -> Iterator[None]:
     """One step of an optimiser down the gradients that the backward passes in the block find.
 
     Args:

@@ -10,15 +10,15 @@ Source: Chen, Xu, Zhang & Guestrin 2016 (arXiv 1604.06174), section 4.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import partial
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
+from modlib.device import autocast_now, random_state
 from modlib.measure.memory import Held, hold
-from modlib.networks.seeding import again, random_state
+from modlib.networks.seeding import again
 
 Stretches = Sequence[tuple[int, int]]  # (i, j): layers i to j - 1 run again
 
@@ -113,7 +113,7 @@ class _Stretch:
         """The layers' output for h."""
         self.input, self.version = hold(h.detach()), h._version
         self.wanted, self.random = h.requires_grad, random_state(h.device)
-        self.precision = _precision(h.device.type)
+        self.precision = autocast_now(h.device)
         with torch.autograd.graph.saved_tensors_hooks(self._count, _asked):
             return _run(self.layers, h)
 
@@ -150,14 +150,6 @@ class _Stretch:
         self._next += 1
         if self._next == self.count:
             raise _Enough
-
-
-def _precision(device: str) -> Callable[[], AbstractContextManager[object]]:
-    """Makes the context of mixed precision in which we are now."""
-    if not torch.amp.is_autocast_available(device):
-        return nullcontext
-    now = torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
-    return partial(torch.autocast, device, *now)
 
 
 def _asked(packed: tuple[_Stretch, int]) -> Tensor:

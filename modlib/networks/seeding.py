@@ -9,6 +9,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from modlib.device import forked, set_random_state
+
 
 @contextmanager
 def seeded(seed: int | None) -> Iterator[None]:
@@ -25,20 +27,6 @@ def seeded(seed: int | None) -> Iterator[None]:
     with torch.random.fork_rng(devices=[], enabled=seed is not None):
         if seed is not None:
             torch.manual_seed(seed)
-        yield
-
-
-@contextmanager
-def forked(device: torch.device) -> Iterator[None]:
-    """Run a block whose random numbers, on the CPU and on this device, are not missed afterwards.
-
-    >>> before = torch.get_rng_state()
-    >>> with forked(torch.device("cpu")):
-    ...     _ = torch.rand(1)
-    >>> bool((before == torch.get_rng_state()).all())
-    True
-    """
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         yield
 
 
@@ -75,21 +63,16 @@ def buffers_kept(*modules: nn.Module) -> Iterator[None]:
             buffer.data.copy_(before)
 
 
-def random_state(device: torch.device) -> list[Tensor]:
-    """Where the generators of the CPU and of this device stand, for ``again``."""
-    on_device = [torch.cuda.get_rng_state(device)] if device.type == "cuda" else []
-    return [torch.get_rng_state(), *on_device]
-
-
 @contextmanager
 def again(module: nn.Module, state: list[Tensor] | None, device: torch.device) -> Iterator[None]:
     """Run a module a second time on the same batch: the same random numbers, no statistics counted twice.
 
     Args:
         module: what runs again.
-        state: ``random_state(device)`` before it ran first; None if it draws nothing.
+        state: ``device.random_state(device)`` before it ran first; None if it draws nothing.
         device: on which it runs.
 
+    >>> from modlib.device import random_state
     >>> layer, h = nn.Dropout(), torch.ones(8)
     >>> state = random_state(h.device)
     >>> once = layer(h)
@@ -100,9 +83,7 @@ def again(module: nn.Module, state: list[Tensor] | None, device: torch.device) -
     """
     with forked(device), buffers_kept(module):
         if state is not None:
-            torch.set_rng_state(state[0])
-            if device.type == "cuda":
-                torch.cuda.set_rng_state(state[1], device)
+            set_random_state(state, device)
         yield
 
 

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from modlib.device import full_precision
 from modlib.kernels import Gaussian, double, wide
 from modlib.objectives.cross_entropy import check_labels
 from modlib.objectives.objective import Objective
@@ -70,7 +71,7 @@ class HSIC(Objective):
         h = pooled(h).flatten(1)
         _check(h, x.flatten(1), self.bandwidth)
         target = self.target(x, y) if self._held is None else self._held
-        with torch.autocast(h.device.type, enabled=False):
+        with full_precision(h):
             value = (_ridge_fit(h, self.bandwidth) * target).sum()
         return value.to(wide(h))
 
@@ -81,7 +82,7 @@ class HSIC(Objective):
             raise ValueError("classes=None: say how many classes there are, as HSIC(classes=10).")
         check_labels(y, len(x), self.classes)
         onehot = F.one_hot(y, self.classes)
-        with torch.autocast(x.device.type, enabled=False):
+        with full_precision(x):
             forget, keep = (_ridge_fit(v, self.bandwidth) for v in (x.flatten(1), onehot))
         return forget - self.weight * keep
 
@@ -126,7 +127,7 @@ def nhsic(a: Tensor, b: Tensor, bandwidth: float = 5.0) -> Tensor:
     (tensor(0.), tensor(0.9995))
     """
     _check(a, b, bandwidth)
-    with torch.autocast(a.device.type, enabled=False):
+    with full_precision(a):
         value = (_ridge_fit(a, bandwidth) * _ridge_fit(b, bandwidth).T).sum()
     return value.to(wide(a))
 
@@ -144,7 +145,7 @@ def hsic(a: Tensor, b: Tensor, bandwidth: float = 5.0) -> Tensor:
     (tensor(0.7476), tensor(0.7476))
     """
     _check(a, b, bandwidth)
-    with torch.autocast(a.device.type, enabled=False):
+    with full_precision(a):
         product = _centred_gram(a, bandwidth) * _centred_gram(b, bandwidth)
     return (product.sum() / (len(a) - 1) ** 2).to(wide(a))
 

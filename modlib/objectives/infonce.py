@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from modlib.device import full_precision
 from modlib.kernels import wide
 from modlib.objectives.objective import Objective
 
@@ -97,7 +98,7 @@ class InfoNCE(Objective):
 
     def loss(self, predicted: Tensor, actual: Tensor) -> Tensor:
         """Cross-entropy (nats) of finding row i of ``actual`` (P, C) by row i of ``predicted``."""
-        with torch.autocast(predicted.device.type, enabled=False):
+        with full_precision(predicted):
             scores = wide(predicted) @ wide(actual).T
             # all P×P scores take less room than P × negatives vectors would
             choices = torch.cat(

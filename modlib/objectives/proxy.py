@@ -33,6 +33,7 @@ import torch
 from torch import Tensor
 
 from modlib import kernels
+from modlib.device import full_precision
 from modlib.kernels import Kernel
 from modlib.objectives.cross_entropy import check_labels
 from modlib.objectives.objective import Objective
@@ -76,7 +77,7 @@ class ProxyLoss(Objective):
 
     def forward(self, h: Tensor, y: Tensor) -> Tensor:
         same = _same(h, y, self._positives)
-        with torch.autocast(h.device.type, enabled=False):  # values near 1 need all their digits
+        with full_precision(h):  # values near 1 need all their digits
             return self.loss(self.kernel.gram(h), same)
 
     @property

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from modlib.device import full_precision
 from modlib.kernels import wide
 from modlib.objectives.auxiliary import AuxiliaryClassifier
 from modlib.objectives.cross_entropy import check_labels
@@ -76,7 +77,7 @@ class SimilarityMatching(Objective):
             )
         check_labels(y, len(h), self.classes)
         projected = self._projected(h)
-        with torch.autocast(h.device.type, enabled=False):  # values near 1 need all their digits
+        with full_precision(h):  # values near 1 need all their digits
             ours = similarity(projected)
             target = similarity(F.one_hot(y, self.classes).to(ours))
             return (ours - target).square().mean()
@@ -103,6 +104,7 @@ class PredSim(Objective):
     Args:
         classes: of the task; None takes what ``for_module`` is told.
         beta: weight of the similarities, in [0, 1].
+        smoothing: of the labels that the classifier is told, as in ``CrossEntropy``.
 
     Raises:
         ValueError: ``beta`` is no such weight; ``for_module`` has not been called.
@@ -113,12 +115,14 @@ class PredSim(Objective):
     torch.Size([])
     """
 
-    def __init__(self, classes: int | None = None, beta: float = 0.99) -> None:
+    def __init__(
+        self, classes: int | None = None, beta: float = 0.99, smoothing: float = 0.0
+    ) -> None:
         super().__init__()
         if not 0 <= beta <= 1:
             raise ValueError(f"beta={beta}: give a weight from 0 (pred alone) to 1 (sim alone).")
         self.beta = beta
-        self.pred = AuxiliaryClassifier("pred")
+        self.pred = AuxiliaryClassifier("pred", smoothing=smoothing)
         self.sim = SimilarityMatching(classes, projection="learned")
 
     def for_module(self, shape: Sequence[int], classes: int) -> Self:

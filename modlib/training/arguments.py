@@ -21,31 +21,6 @@ SCHEDULES: dict[str, Schedule] = {
 }
 
 
-def pick_device(device: str | torch.device = "auto") -> torch.device:
-    """A device by name; "auto" takes CUDA, then MPS, then the CPU.
-
-    Raises:
-        ValueError: PyTorch cannot use that device here.
-
-    >>> pick_device("cpu")
-    device(type='cpu')
-    >>> double: Schedule = lambda progress: 1 - progress    # a schedule of your own, for ``fit``
-    >>> double(0.25)
-    0.75
-    """
-    if device == "auto":
-        if torch.cuda.is_available():
-            return torch.device("cuda", torch.cuda.current_device())
-        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-    try:
-        return torch.empty(0, device=device).device
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(
-            f"device={str(device)!r} cannot be used here ({str(error).splitlines()[0]}); use 'auto' "
-            "or 'cpu'."
-        ) from error
-
-
 def augmentation(augment: Augment | str | None, data: Dataset) -> Augment | None:
     if augment is None or isinstance(augment, Augment):
         return augment
@@ -54,18 +29,13 @@ def augmentation(augment: Augment | str | None, data: Dataset) -> Augment | None
     return default_augment(data) or None
 
 
-def precision_name(precision: str, device: torch.device) -> str:
-    known = ("auto", "float32", "bfloat16", "float16")
-    if precision not in known:
-        raise ValueError(f"precision={precision!r}: choose from {', '.join(known)}.")
-    if precision != "auto":
-        return precision
-    if device.type != "cuda":
-        return "float32"
-    return "bfloat16" if torch.cuda.get_device_capability(device) >= (8, 0) else "float16"
-
-
 def schedule_function(schedule: str | Schedule) -> Schedule:
+    """The function of progress that a schedule's name stands for, or the one that is given.
+
+    >>> own: Schedule = lambda progress: 1 - progress    # a schedule of your own, for ``fit``
+    >>> schedule_function(own)(0.25)
+    0.75
+    """
     own = (
         f"choose from {', '.join(SCHEDULES)} or give a function from progress in [0, 1) to a factor, "
         "such as lambda progress: 1 - progress"

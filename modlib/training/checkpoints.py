@@ -132,16 +132,3 @@ def check_plain(value: Any, where: str = "") -> None:
             f"{where} holds {value!r:.60} of type {type(value).__name__}, which a file would not give "
             "back; make it a plain Python number, string, list or dict, or a tensor."
         )
-
-
-def random_state() -> State:
-    """PyTorch's generators, on the CPU and on every CUDA device."""
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    return {"cpu": torch.get_rng_state(), "cuda": cuda}
-
-
-def set_random_state(state: State) -> None:
-    """Put the generators back as ``random_state`` found them."""
-    torch.set_rng_state(state["cpu"])
-    if state["cuda"]:
-        torch.cuda.set_rng_state_all(state["cuda"])

@@ -7,7 +7,6 @@ import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,12 +16,20 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from modlib.data import Augment, Dataset, Loader
+from modlib.device import (
+    all_random_states,
+    autocast,
+    forked,
+    pick_device,
+    precision_name,
+    scalers,
+    set_all_random_states,
+)
 from modlib.measure.segments import chosen
 from modlib.methods import Method, Stage
 from modlib.methods.method import Batches
 from modlib.network import ModularNetwork
 from modlib.networks.recompute import recomputing
-from modlib.networks.seeding import forked
 from modlib.networks.sizes import check_whole
 from modlib.training import checkpoints
 from modlib.training.arguments import (
@@ -30,8 +37,6 @@ from modlib.training.arguments import (
     augmentation,
     check_budget,
     check_kind,
-    pick_device,
-    precision_name,
     schedule_function,
     stage_lengths,
 )
@@ -179,7 +184,8 @@ def fit(
         )
         for stage in stages:
             stage.check(loader)
-            _set_precision(stage, precision, device)
+            stage.autocast = autocast(device, precision)
+            stage.scalers = scalers(len(stage.optimizers), precision, device.type)
             stage.fused = fused
         run = (parallel.run if parallel else Run)(net, stages, lengths, settings, factor)
         if checkpoint is not None:
@@ -331,7 +337,7 @@ class Run:
             "stage_state": self.stages[stage].state_dict(),
             "rows": self.history.rows,
             "seconds": self.history.seconds,
-            "random": checkpoints.random_state(),
+            "random": all_random_states(),
         }
 
     def _restore(self) -> tuple[int, int]:
@@ -351,7 +357,7 @@ class Run:
         checkpoints.fill(self.held, state["net"])
         self.stages[state["stage"]].load_state_dict(state["stage_state"])
         self.history = History(state["rows"], state["seconds"], self.settings.batch_size)
-        checkpoints.set_random_state(state["random"])
+        set_all_random_states(state["random"])
         return state["stage"], state["epoch"]
 
     def _check_epochs(self, stage: int, epoch: int, before: Sequence[int]) -> None:
@@ -385,15 +391,6 @@ def _again(
             stage.train()
             found |= chosen(stage, x, recompute if isinstance(recompute, int) else None)
     return found
-
-
-def _set_precision(stage: Stage, precision: str, device: torch.device) -> None:
-    if precision == "float32":
-        return
-    dtype = getattr(torch, precision)
-    stage.autocast = partial(torch.autocast, device.type, dtype=dtype)
-    scale = precision == "float16"
-    stage.scalers = [torch.amp.GradScaler(device.type, enabled=scale) for _ in stage.optimizers]
 
 
 def _tensor_shapes(state: dict[str, Any]) -> dict[str, tuple[int, ...]]:

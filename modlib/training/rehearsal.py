@@ -7,13 +7,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
-import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from modlib.device import Scaler, forked
 from modlib.methods import Stage
 from modlib.methods.method import Batches, OneBatch, shown
-from modlib.networks.seeding import buffers_kept, forked
+from modlib.networks.seeding import buffers_kept
 
 
 def rehearse(net: nn.Module, stages: Sequence[Stage], batches: Batches, seed: int) -> None:
@@ -47,7 +47,7 @@ def _apart(net: nn.Module, stage: Stage) -> Stage:
 
 def _step(stage: Stage, batches: Batches, seed: int) -> None:
     stage.optimizers = [cast(Optimizer, _Still(optimizer)) for optimizer in stage.optimizers]
-    stage.scalers = [cast(torch.amp.GradScaler, _Prompter()) for _ in stage.optimizers]
+    stage.scalers = [cast(Scaler, _Prompter()) for _ in stage.optimizers]
     # Of the network's input: a stage that stores features would store those of a whole epoch here.
     inputs = Stage.batches(stage, batches, seed).epoch(seed, 0)
     batch = next((batch for batch in inputs if stage.accepts(batch[1])), None)
