@@ -101,3 +101,23 @@ def test_compare_takes_small_images_and_few_of_them(
 ) -> None:
     monkeypatch.setattr("modlib.data.load", lambda *_: pictures(size, size))
     assert len(compare("small", epochs=1, progress=False)) == 3
+
+
+def test_a_residual_network_has_as_many_blocks_as_each_group_is_given() -> None:
+    net = networks.resnet((4, 8), (1, 3), size=16, stride=2, seed=0)
+    names = [name for name, _ in net.named_children()]
+    assert names == ["stem", *(f"block{k}" for k in range(1, 5)), "features", "head"]
+    assert net[:-2](torch.zeros(2, 3, 16, 16)).shape == (
+        2,
+        8,
+        4,
+        4,
+    )  # halved by the stem and once more
+    with pytest.raises(ValueError, match="give one number for each of the 2 groups"):
+        networks.resnet((4, 8), (1, 2, 3))
+
+
+def test_the_perceptrons_of_a_transformer_are_as_wide_as_asked() -> None:
+    usual, wide = (networks.vit(8, 1, heads=2, hidden=hidden) for hidden in (None, 32))
+    widths = [net.block1[1].branch[1].out_features for net in (usual, wide)]  # type: ignore[union-attr,index]
+    assert widths == [16, 32]

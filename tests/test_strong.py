@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from torch import nn
 import modlib
 from modlib.data import Augment, Dataset, Loader
 from modlib.measure.angles import KeepStages
-from modlib.methods import sgd
+from modlib.methods import adamw, sgd
 from modlib.networks import whitened_cnn
 from modlib.networks.whitened import Whitening
 from modlib.objectives import AuxiliaryClassifier, CrossEntropy
@@ -147,6 +148,65 @@ def test_smoothing_mixes_the_label_with_all_classes() -> None:
     assert float(head(h, y)) == pytest.approx(oracle, rel=1e-12)
     with pytest.raises(ValueError, match=r"smoothing=1\.0: give a share"):
         CrossEntropy(1.0)
+
+
+SMOOTHED = {
+    "layerwise_greedy": modlib.methods.layerwise_greedy,
+    "decoupled_greedy": modlib.methods.decoupled_greedy,
+    "cascade": modlib.methods.cascade,
+    "local_error_signals": modlib.methods.local_error_signals,
+    "infopro": partial(modlib.methods.infopro, form="softmax"),
+    "AugLocal": modlib.methods.AugLocal,
+}
+
+
+@pytest.mark.parametrize("name", SMOOTHED)
+def test_smoothing_reaches_the_classifiers_and_the_output(name: str) -> None:
+    """A loss on labels, plain and smoothed, differs by what the other classes' share adds."""
+    x, y = images(4, 16), torch.tensor([0, 1, 2, 0])
+    net = modlib.partition(small(boundary="after"), ["conv3"])
+    plain, smooth = (
+        [o for stage in SMOOTHED[name](smoothing=s).stages(net, x) for o in stage.objectives]
+        for s in (0.0, 0.2)
+    )
+    for one, other in zip(plain, smooth, strict=True):
+        for parameter in one.parameters():
+            nn.init.normal_(parameter)  # a classifier that starts at zero would not notice
+        other.load_state_dict(one.state_dict())
+    logits = torch.randn(4, 10, dtype=torch.float64)
+    output = float(smooth[1](logits, y))
+    target = 0.8 * nn.functional.one_hot(y, 10) + 0.02
+    assert output == pytest.approx(float(-(target * logits.log_softmax(1)).sum(1).mean()))
+    h = net[0].eval()(x).detach()
+    values = [float(o.eval().local(h, y, x).detach()) for o in (plain[0], smooth[0])]
+    assert values[0] != values[1]
+
+
+def test_adam_decays_by_the_same_share_at_every_rate() -> None:
+    for rate in (1e-3, 1e-1):
+        layer = nn.Linear(3, 2)
+        before = [p.detach().clone() for p in layer.parameters()]
+        for p in layer.parameters():
+            p.grad = torch.zeros_like(p)
+        adamw(rate, weight_decay=0.01)(layer.parameters()).step()
+        for old, new in zip(before, layer.parameters(), strict=True):
+            assert torch.allclose(new, 0.99 * old, rtol=1e-5)
+
+
+def test_copies_of_whitened_units_end_with_the_maps_of_the_units_they_copy() -> None:
+    """31×31 → 15 → 7 → 3: AugLocal's classifiers pool by the whole factor at once."""
+    net = modlib.partition(
+        whitened_cnn(images(4, 32), (4, 8, 16), seed=0, boundary="after"), ["conv2", "conv3"]
+    )
+    x = images(4, 32)
+    first, *_ = modlib.methods.AugLocal(depth=2).stages(net, x)[0].objectives
+    h = net[0](x)
+    maps = [tuple(h.shape[1:])]
+    for unit in list(first.network.children())[:2]:  # type: ignore[union-attr]
+        h = unit(h)
+        maps.append(tuple(h.shape[1:]))
+    assert maps == [(4, 15, 15), (8, 7, 7), (16, 3, 3)]
+    assert first.logits(net[0](x)).shape == (4, 10)
 
 
 def test_decoupled_decay_does_not_grow_with_the_rate() -> None:

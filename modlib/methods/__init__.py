@@ -15,7 +15,7 @@ from modlib.methods.lifted import LiftedNetwork
 from modlib.methods.local import LocalLearning
 from modlib.methods.local_error_signals import local_error_signals
 from modlib.methods.mac import MAC
-from modlib.methods.method import Method, Stage, sgd
+from modlib.methods.method import Method, Stage, adamw, sgd
 from modlib.methods.mono_forward import mono_forward
 from modlib.methods.only import Only
 from modlib.methods.proxy import ProxyObjective
@@ -53,6 +53,7 @@ __all__ = [
     "SyntheticGradients",
     "TargetPropagation",
     "TransportRegularised",
+    "adamw",
     "cascade",
     "ddtp",
     "decoupled_greedy",

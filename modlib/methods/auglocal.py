@@ -21,6 +21,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Sequence
+from functools import partial
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -32,7 +33,8 @@ from modlib.network import ModularNetwork, evaluating
 from modlib.networks.cnn import ConvUnit
 from modlib.networks.residual import ResidualUnit
 from modlib.networks.seeding import redraw
-from modlib.objectives import AuxiliaryClassifier, Objective
+from modlib.networks.whitened import WhitenedUnit
+from modlib.objectives import AuxiliaryClassifier, CrossEntropy, Objective
 from modlib.tokens import MeanToken
 
 
@@ -42,8 +44,8 @@ class AugLocal(LocalLearning):
     A copy gives maps of the same shape as the layer it was made of: its first convolution, and a
     residual block's short cut, are made anew for the channels and the side of what it gets instead.
     ReLU, global average pooling and a linear layer follow the last copy. Layers of
-    ``modlib.networks.cnn`` and ``resnet`` and the blocks of torchvision's ResNets can be copied; what
-    has no convolution (a stem's batch norm, pooling, a classifier) is not counted as a layer.
+    ``modlib.networks.cnn``, ``whitened_cnn`` and ``resnet`` and the blocks of torchvision's ResNets can
+    be copied; what has no convolution (a stem's batch norm, pooling, a classifier) is not counted as a layer.
 
     The blocks of a transformer count as layers too, and are copied as they are; layer norm, the mean of
     the tokens and a linear layer follow the last copy. (Not in the paper.)
@@ -54,6 +56,7 @@ class AugLocal(LocalLearning):
     Args:
         depth: d, layers in the classifier of the first module; at least 1.
         shrink: c in [0, 1], by how much the depth falls towards the output.
+        smoothing: of the labels, as in ``objectives.CrossEntropy``; an ``output`` that is given has its own.
         optimizer, output: as in ``LocalLearning``.
 
     Raises:
@@ -74,15 +77,17 @@ class AugLocal(LocalLearning):
         depth: int = 3,
         shrink: float = 0.5,
         *,
+        smoothing: float = 0.0,
         optimizer: Optimizers = None,
         output: Objective | None = None,
     ) -> None:
-        super().__init__(optimizer=optimizer, output=output)
+        super().__init__(optimizer=optimizer, output=output or CrossEntropy(smoothing))
         if depth < 1:
             raise ValueError(f"depth={depth}: give at least 1 layer.")
         if not 0 <= shrink <= 1:
             raise ValueError(f"shrink={shrink}: give a number from 0 (equal depths) to 1.")
         self.depth, self.shrink = depth, shrink
+        self._objective = partial(AuxiliaryClassifier, smoothing=smoothing)
 
     def hidden_objectives(
         self, net: ModularNetwork, x: Tensor, shapes: Sequence[tuple[int, ...]], classes: int
@@ -91,9 +96,8 @@ class AugLocal(LocalLearning):
         local: list[Objective] = []
         for end, shape in zip(ends[:-1], shapes, strict=True):
             chosen = chosen_layers(end, len(units), self.depth, self.shrink)
-            local.append(
-                AuxiliaryClassifier(_classifier([units[i] for i in chosen], shape, classes))
-            )
+            classifier = _classifier([units[i] for i in chosen], shape, classes)
+            local.append(self._objective(classifier))
         return local
 
 
@@ -169,11 +173,15 @@ def _fitted(unit: _Unit, before: tuple[int, ...]) -> nn.Module:
     if len(before) == 2 and before == unit.shape:  # a transformer's block fits as it is
         redraw(new)
         return new
+    if isinstance(new, WhitenedUnit):
+        fitted = new.like(before[0], pool=before[1] // unit.shape[1])
+        redraw(fitted)
+        return fitted
     if not isinstance(new, ConvUnit | ResidualUnit | BasicBlock | Bottleneck):
         raise ValueError(
             f"net: AugLocal cannot copy layer {unit.name!r}, a {type(unit.layer).__name__}; it can copy "
-            "the layers of modlib.networks.cnn and resnet, torchvision's BasicBlock and Bottleneck, and "
-            "blocks from tokens to as many tokens."
+            "the layers of modlib.networks.cnn, whitened_cnn and resnet, torchvision's BasicBlock and "
+            "Bottleneck, and blocks from tokens to as many tokens."
         )
     channels, stride = before[0], _stride(unit, before)
     if isinstance(new, ConvUnit):

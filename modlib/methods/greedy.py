@@ -13,10 +13,12 @@ from __future__ import annotations
 
 from modlib.methods.local import LocalLearning
 from modlib.methods.method import Optimizers
-from modlib.objectives import AuxiliaryClassifier
+from modlib.objectives import AuxiliaryClassifier, CrossEntropy
 
 
-def layerwise_greedy(layers: int = 1, *, optimizer: Optimizers = None) -> LocalLearning:
+def layerwise_greedy(
+    layers: int = 1, *, smoothing: float = 0.0, optimizer: Optimizers = None
+) -> LocalLearning:
     """Greedy layer-wise training: one module after another, each on a k-hidden-layer problem.
 
     Published setting: every convolution a module; SGD with momentum 0.9, weight decay 5e-4, rate 0.1
@@ -25,6 +27,7 @@ def layerwise_greedy(layers: int = 1, *, optimizer: Optimizers = None) -> LocalL
 
     Args:
         layers: k, hidden layers of each problem, the module's own included: 1, 2 or 3.
+        smoothing: of the labels, as in ``objectives.CrossEntropy``.
         optimizer: as in ``LocalLearning``.
 
     Raises:
@@ -37,10 +40,12 @@ def layerwise_greedy(layers: int = 1, *, optimizer: Optimizers = None) -> LocalL
     """
     if layers not in (1, 2, 3):
         raise ValueError(f"layers={layers!r}: choose 1, 2 or 3 hidden layers.")
-    return LocalLearning(AuxiliaryClassifier(f"greedy-{layers}"), in_turn=True, optimizer=optimizer)
+    return _classifying(f"greedy-{layers}", smoothing, optimizer, in_turn=True)
 
 
-def decoupled_greedy(network: str = "mlp-sr", *, optimizer: Optimizers = None) -> LocalLearning:
+def decoupled_greedy(
+    network: str = "mlp-sr", *, smoothing: float = 0.0, optimizer: Optimizers = None
+) -> LocalLearning:
     """Decoupled greedy learning (DGL): all modules in every step, each with an auxiliary classifier.
 
     Published setting: SGD with momentum 0.9, weight decay 5e-4, rate 0.1 divided by 5 every 15 of 50
@@ -48,6 +53,7 @@ def decoupled_greedy(network: str = "mlp-sr", *, optimizer: Optimizers = None) -
 
     Args:
         network: kind of ``AuxiliaryClassifier``; the paper compares "cnn", "mlp" and "mlp-sr".
+        smoothing: of the labels, as in ``objectives.CrossEntropy``.
         optimizer: as in ``LocalLearning``.
 
     Raises:
@@ -58,18 +64,33 @@ def decoupled_greedy(network: str = "mlp-sr", *, optimizer: Optimizers = None) -
     >>> decoupled_greedy().objective
     AuxiliaryClassifier('mlp-sr')
     """
-    return LocalLearning(AuxiliaryClassifier(network), optimizer=optimizer)
+    return _classifying(network, smoothing, optimizer)
 
 
-def cascade(*, optimizer: Optimizers = None) -> LocalLearning:
+def cascade(*, smoothing: float = 0.0, optimizer: Optimizers = None) -> LocalLearning:
     """Deep cascade learning: one module after another, each under a small multilayer perceptron.
 
     Published setting: every convolution a module. The paper's perceptron, rates and epochs have not
     been checked; ours is the "mlp" of ``AuxiliaryClassifier``, and the library's SGD.
+
+    Args:
+        smoothing: of the labels, as in ``objectives.CrossEntropy``.
+        optimizer: as in ``LocalLearning``.
 
     Source: Marquez, Hare & Niranjan 2018 (IEEE TNNLS 29(11), 5475–5485).
 
     >>> cascade().in_turn, cascade().objective
     (True, AuxiliaryClassifier('mlp'))
     """
-    return LocalLearning(AuxiliaryClassifier("mlp"), in_turn=True, optimizer=optimizer)
+    return _classifying("mlp", smoothing, optimizer, in_turn=True)
+
+
+def _classifying(
+    network: str, smoothing: float, optimizer: Optimizers, in_turn: bool = False
+) -> LocalLearning:
+    return LocalLearning(
+        AuxiliaryClassifier(network, smoothing=smoothing),
+        in_turn=in_turn,
+        optimizer=optimizer,
+        output=CrossEntropy(smoothing),
+    )

@@ -10,13 +10,14 @@ modular.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 from torch import Tensor
 
 from modlib.methods.local import LocalLearning
 from modlib.methods.method import Optimizers
 from modlib.network import ModularNetwork
-from modlib.objectives import Objective
+from modlib.objectives import CrossEntropy, Objective
 from modlib.objectives.infopro import InfoPro, infopro_weights
 
 
@@ -28,6 +29,7 @@ class InformationPropagation(LocalLearning):
         last: of the last hidden module; as ``first`` if None.
         form, mean, std: as in ``InfoPro``.
         in_turn: train one module after another.
+        smoothing: of the labels, as in ``InfoPro``; an ``output`` that is given has its own.
         optimizer: makes one module's optimiser, or a list with one for each module.
         output: the last module's objective; cross-entropy if None.
 
@@ -53,13 +55,16 @@ class InformationPropagation(LocalLearning):
         std: Sequence[float] | None = None,
         *,
         in_turn: bool = False,
+        smoothing: float = 0.0,
         optimizer: Optimizers = None,
         output: Objective | None = None,
     ) -> None:
         self.first, self.last = first, first if last is None else last
-        self.form, self.mean, self.std = form, mean, std
-        for weights in (self.first, self.last):
-            self._objective(weights, 3 if mean is None else len(mean))  # refuses what it cannot be
+        self.form = form
+        self._objective = partial(InfoPro, form=form, mean=mean, std=std, smoothing=smoothing)
+        for weights in (self.first, self.last):  # refuses what it cannot be
+            self._objective(*weights, channels=3 if mean is None else len(mean))
+        output = output or CrossEntropy(smoothing)
         super().__init__(in_turn=in_turn, optimizer=optimizer, output=output)
 
     def objectives(self, net: ModularNetwork, x: Tensor) -> list[Objective]:
@@ -72,12 +77,9 @@ class InformationPropagation(LocalLearning):
     ) -> list[Objective]:
         weights = infopro_weights(len(net), self.first, self.last)
         return [
-            self._objective(pair, x.shape[1]).for_module(shape, classes)
+            self._objective(*pair, channels=x.shape[1]).for_module(shape, classes)
             for pair, shape in zip(weights, shapes, strict=True)
         ]
-
-    def _objective(self, weights: tuple[float, float], channels: int) -> InfoPro:
-        return InfoPro(*weights, self.form, self.mean, self.std, channels)
 
 
 def infopro(
@@ -87,6 +89,7 @@ def infopro(
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
     *,
+    smoothing: float = 0.0,
     optimizer: Optimizers = None,
 ) -> InformationPropagation:
     """InfoPro: hidden modules also keep what rebuilds the image.
@@ -95,7 +98,7 @@ def infopro(
     modules, (1, 0) and (0, 1) with four, (5, 0) and (0, 1) with eight, (5, 0) and (0.5, 1) with 16.
 
     Args:
-        first, last, form, mean, std: as in ``InformationPropagation``.
+        first, last, form, mean, std, smoothing: as in ``InformationPropagation``.
         optimizer: the library's SGD if None.
 
     Source: Wang et al. 2021 (arXiv 2101.10832).
@@ -103,4 +106,6 @@ def infopro(
     >>> infopro(first=(1, 0), last=(0, 1)).form
     'contrast'
     """
-    return InformationPropagation(first, last, form, mean, std, optimizer=optimizer)
+    return InformationPropagation(
+        first, last, form, mean, std, smoothing=smoothing, optimizer=optimizer
+    )

@@ -15,7 +15,13 @@ import torch
 
 from modlib.methods.local import LocalLearning
 from modlib.methods.method import Optimizers
-from modlib.objectives import AuxiliaryClassifier, Objective, PredSim, SimilarityMatching
+from modlib.objectives import (
+    AuxiliaryClassifier,
+    CrossEntropy,
+    Objective,
+    PredSim,
+    SimilarityMatching,
+)
 
 
 def local_error_signals(
@@ -23,6 +29,7 @@ def local_error_signals(
     *,
     beta: float = 0.99,
     in_turn: bool = False,
+    smoothing: float = 0.0,
     optimizer: Optimizers = None,
 ) -> LocalLearning:
     """Local error signals: a local classifier, similarity matching, or both, for every module.
@@ -41,6 +48,7 @@ def local_error_signals(
         loss: "pred", "sim" or "predsim".
         beta: weight of the similarities in "predsim".
         in_turn: one module after another, where the paper trains all in each step.
+        smoothing: of the labels, as in ``objectives.CrossEntropy``, but not of similarities.
         optimizer: as in ``LocalLearning``; Adam at rate 5e-4 if None.
 
     Raises:
@@ -52,11 +60,16 @@ def local_error_signals(
     SimilarityMatching(classes=None, projection='learned')
     """
     objectives: dict[str, Objective] = {
-        "pred": AuxiliaryClassifier("pred"),
+        "pred": AuxiliaryClassifier("pred", smoothing=smoothing),
         "sim": SimilarityMatching(projection="learned"),
-        "predsim": PredSim(beta=beta),
+        "predsim": PredSim(beta=beta, smoothing=smoothing),
     }
     if loss not in objectives:
         raise ValueError(f"loss={loss!r} is unknown; choose from {', '.join(objectives)}.")
     adam = partial(torch.optim.Adam, lr=5e-4)
-    return LocalLearning(objectives[loss], in_turn=in_turn, optimizer=optimizer or adam)
+    return LocalLearning(
+        objectives[loss],
+        in_turn=in_turn,
+        optimizer=optimizer or adam,
+        output=CrossEntropy(smoothing),
+    )

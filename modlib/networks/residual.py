@@ -54,11 +54,12 @@ class ResidualUnit(nn.Module):
 
 def resnet(
     widths: Sequence[int] = (16, 32, 64),
-    blocks: int = 3,
+    blocks: int | Sequence[int] = 3,
     classes: int = 10,
     *,
     channels: int = 3,
     size: int = 32,
+    stride: int = 1,
     boundary: str = "before",
     kernel: str = "relu-pool",
     seed: int | None = None,
@@ -72,10 +73,11 @@ def resnet(
 
     Args:
         widths: channels of each group of blocks, not falling; all groups but the first halve the side.
-        blocks: n, residual blocks in each group.
+        blocks: n, residual blocks in each group; or a list, one number for each group.
         classes: number of outputs.
         channels: of the image, 3 for colour.
         size: side H = W of the images, in pixels.
+        stride: of the stem's convolution; 2 makes everything after it four times cheaper.
         boundary: on which side of their ReLU layers end: "before", or "after" as published.
         kernel: of the feature map; "relu" where the last maps are smaller than 4×4.
         seed: of the initial weights; None takes PyTorch's global state.
@@ -95,14 +97,20 @@ def resnet(
     """
     check_boundary(boundary)
     check_list("widths", widths)
-    check_whole(blocks=blocks, classes=classes, channels=channels, size=size)
+    counts = [blocks] * len(widths) if isinstance(blocks, int) else list(blocks)
+    check_list("blocks", counts)
+    if len(counts) != len(widths):
+        raise ValueError(
+            f"blocks={counts}: give one number for each of the {len(widths)} groups, or one for all."
+        )
+    check_whole(classes=classes, channels=channels, size=size, stride=stride)
     with seeded(seed):
         layers: OrderedDict[str, nn.Module] = OrderedDict()
-        layers["stem"] = ConvUnit(channels, widths[0], 1, first=True, boundary=boundary)
+        layers["stem"] = ConvUnit(channels, widths[0], stride, first=True, boundary=boundary)
         before = widths[0]
-        for number in range(len(widths) * blocks):
-            group, position = divmod(number, blocks)
-            stride = 2 if group and not position else 1
-            layers[f"block{number + 1}"] = ResidualUnit(before, widths[group], stride, boundary)
-            before = widths[group]
+        for group, (width, count) in enumerate(zip(widths, counts, strict=True)):
+            for position in range(count):
+                step = 2 if group and not position else 1
+                layers[f"block{len(layers)}"] = ResidualUnit(before, width, step, boundary)
+                before = width
         return with_head(layers, kernel, classes, (channels, size, size))

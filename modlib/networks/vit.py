@@ -100,13 +100,14 @@ def vit(
     *,
     heads: int = 4,
     patch: int = 4,
+    hidden: int | None = None,
     channels: int = 3,
     size: int = 32,
     pool: str = "mean",
     kernel: str | None = None,
     seed: int | None = None,
 ) -> nn.Sequential:
-    """A vision transformer with pre-norm blocks; a perceptron's hidden layer is 2 × width wide.
+    """A vision transformer with pre-norm blocks.
 
     Its layers are ``embed``, ``block1`` … ``block{depth}`` and ``head``. All but the head give tokens
     (N, T, width), of which objectives see what ``modlib.tokens`` says.
@@ -117,6 +118,7 @@ def vit(
         classes: number of outputs.
         heads: of every attention.
         patch: side of a patch, in pixels.
+        hidden: width of the perceptrons' hidden layers; 2 × width if None.
         channels: of the image, 3 for colour.
         size: side H = W of the images, in pixels.
         pool: what the head reads: "mean" of all tokens, or the "class" token, which is then added.
@@ -139,7 +141,8 @@ def vit(
     torch.Size([2, 10])
     """
     check_whole(width=width, depth=depth, classes=classes, channels=channels, size=size)
-    check_whole(patch=patch, heads=heads)
+    hidden = 2 * width if hidden is None else hidden
+    check_whole(patch=patch, heads=heads, hidden=hidden)
     if size % patch:
         raise ValueError(f"size={size}, patch={patch}: the side must be a multiple of the patch's.")
     if width % heads:
@@ -154,7 +157,7 @@ def vit(
     with seeded(seed):
         layers["embed"] = Embed(channels, size, patch, width, class_token=pool == "class")
         for number in range(1, depth + 1):
-            layers[f"block{number}"] = Block(width, heads, 2 * width)
+            layers[f"block{number}"] = Block(width, heads, hidden)
         linear = nn.Linear(width, classes)
     if kernel is None:
         layers["head"] = Head(

@@ -70,15 +70,21 @@ class WhitenedUnit(nn.Sequential):
     """[GELU →] 3×3 convolution → [max-pool →] batch norm [→ GELU]: kept whole when a network is cut."""
 
     def __init__(
-        self, channels_in: int, channels: int, pool: bool, start: bool, end: bool, momentum: float
+        self, channels_in: int, channels: int, pool: int, start: bool, end: bool, momentum: float
     ) -> None:
         convolution = nn.Conv2d(channels_in, channels, 3, padding=1, bias=False)
         with torch.no_grad():  # the first filters pass the image on
             nn.init.dirac_(convolution.weight[:channels_in])
         norm = nn.BatchNorm2d(channels, momentum=momentum)
         norm.weight.requires_grad_(False)
-        layers = [convolution, *([nn.MaxPool2d(2)] if pool else []), norm]
+        layers = [convolution, *([nn.MaxPool2d(pool)] if pool > 1 else []), norm]
         super().__init__(*[nn.GELU()] * start, *layers, *[nn.GELU()] * end)
+        self._options = channels, start, end, momentum
+
+    def like(self, channels_in: int, pool: int) -> WhitenedUnit:
+        """A new one with as many outputs, of other inputs, which are pooled by another factor (1: not)."""
+        channels, start, end, momentum = self._options
+        return WhitenedUnit(channels_in, channels, pool, start, end, momentum)
 
 
 def whitened_cnn(
@@ -129,7 +135,7 @@ def whitened_cnn(
         for k in range(1, count + 1):
             width = widths[(k - 1) // 2]
             end = after and k < count
-            unit = WhitenedUnit(before, width, k % 2 == 1, not after, end, momentum)
+            unit = WhitenedUnit(before, width, 1 + k % 2, not after, end, momentum)
             layers[f"conv{k}"], before = unit, width
         side = (min(images.shape[2:]) - 2) // stride + 1
         if side >> len(widths) < 1:

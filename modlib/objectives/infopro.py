@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from modlib.kernels import wide
 from modlib.networks.recompute import run_again
-from modlib.objectives.cross_entropy import cross_entropy
+from modlib.objectives.cross_entropy import checked_share, cross_entropy
 from modlib.objectives.objective import Objective, Term
 from modlib.objectives.proxy import SupCon
 from modlib.tokens import as_maps, maps_shape
@@ -37,6 +37,7 @@ class InfoPro(Objective):
             0..1, as published; ``modlib.fit`` tells it. Where nobody does, the decoder predicts σ(x),
             which is near 1/2 + x/4.
         channels: of the image.
+        smoothing: of the labels, as in ``CrossEntropy``; "contrast" has none.
 
     Raises:
         ValueError: called as ``objective(h, y)``: use ``objective.local(h, y, x)`` with the images
@@ -60,8 +61,10 @@ class InfoPro(Objective):
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
         channels: int = 3,
+        smoothing: float = 0.0,
     ) -> None:
         super().__init__()
+        self.smoothing = checked_share("smoothing", smoothing)
         if form not in ("softmax", "contrast"):
             raise ValueError(f"form={form!r}: choose 'softmax' or 'contrast'.")
         if min(reconstruction, label) < 0 or not reconstruction + label > 0:
@@ -164,7 +167,9 @@ class InfoPro(Objective):
     def label_loss(self, h: Tensor, y: Tensor) -> Tensor:
         """Loss of the auxiliary network's output."""
         out = cast(Tensor, _made(self.head)(as_maps(h)))
-        return SupCon(0.07)(out, y) if self.form == "contrast" else cross_entropy(out, y)
+        if self.form == "contrast":
+            return cast(Tensor, SupCon(0.07)(out, y))
+        return cross_entropy(out, y, self.smoothing)
 
     def extra_repr(self) -> str:
         target = "pixels" if self.pixels else "σ(x)"
