@@ -13,7 +13,7 @@ Classification only: images, vectors or tokens, and for each the number of its c
 """
 
 from modlib.data.augment import Augment, default_augment
-from modlib.data.catalogue import explain, load, names, prepare
+from modlib.data.catalogue import counts, explain, load, names, prepare, stand_in
 from modlib.data.dataset import Dataset
 from modlib.data.loader import Loader
 
@@ -21,9 +21,11 @@ __all__ = [
     "Augment",
     "Dataset",
     "Loader",
+    "counts",
     "default_augment",
     "explain",
     "load",
     "names",
     "prepare",
+    "stand_in",
 ]

@@ -156,6 +156,54 @@ def explain(name: str, root: Root = None, *, size: int | None = None) -> str:
     return f"{about}not prepared in {folder} yet: {_how(name, folder, size)}{taken}"
 
 
+def stand_in(name: str, images: int = 64, *, size: int | None = None) -> Dataset:
+    """Images of noise in the shape of a data set, with its classes: what is built for the one fits the other.
+
+    Args:
+        name: one of ``names()``.
+        images: how many of each split; labels run through the classes.
+        size: as for ``load``.
+
+    Raises:
+        ValueError: the name is unknown.
+
+    >>> stand_in("imagenet-100", 8)
+    Dataset('imagenet-100', shape=(3, 224, 224), train=8, test=8, classes=100)
+    """
+    if name in EMBEDDED:
+        whole = _derived(EMBEDDED[name](), None, size)
+        return whole.subset(n_train=images, n_test=min(images, len(whole.test_labels)))
+    source = _source(name)
+    channels, *sides = source.shape if size is None else (3, size, size)
+    noise = np.random.default_rng(0).integers(0, 256, (images, *sides, channels), np.uint8)
+    labels = np.arange(images) % source.classes
+    numbers = tuple(map(str, range(source.classes)))
+    return Dataset(name, noise, labels, noise, labels, numbers)
+
+
+def counts(name: str) -> tuple[int, int]:
+    """How many training and test images a data set has, whether it is on this machine or not.
+
+    Raises:
+        ValueError: the name is unknown.
+
+    >>> counts("tiny-imagenet-20")
+    (10000, 1000)
+    """
+    if name in EMBEDDED:
+        whole = EMBEDDED[name]()
+        return len(whole.train_labels), len(whole.test_labels)
+    return _source(name).train, _source(name).test
+
+
+def _source(name: str) -> Source:
+    if name not in SOURCES:
+        raise ValueError(
+            f"name is {name!r}, of which nothing is known before it is read; known are {', '.join(names())}."
+        )
+    return SOURCES[name]
+
+
 def _ensure(
     name: str,
     root: Path,
@@ -274,13 +322,13 @@ def _check_wishes(classes: Sequence[str] | None, size: int | None) -> None:
 
 def _derived(dataset: Dataset, classes: Sequence[str] | None, size: int | None) -> Dataset:
     if classes is not None:
-        dataset = _selected(dataset, classes)
+        dataset = selected(dataset, classes)
     if size is not None and dataset.shape != (3, size, size):
         dataset = resized(dataset, size)
     return dataset
 
 
-def _selected(dataset: Dataset, classes: Sequence[str]) -> Dataset:
+def selected(dataset: Dataset, classes: Sequence[str]) -> Dataset:
     """Only some classes, held in memory."""
     unknown = [name for name in classes if name not in dataset.classes]
     if unknown:

@@ -59,6 +59,10 @@ class Source:
         prepare: fetches and prepares it; None if it is not downloaded here.
         size: side in pixels by default, for sets that are prepared in any size.
         subset: what it takes out of a folder tree, if it can be prepared from one.
+        shape: of an image, (C, H, W); in its default size.
+        classes: how many.
+        train: how many training images.
+        test: likewise, test images.
     """
 
     about: str
@@ -66,6 +70,10 @@ class Source:
     prepare: Prepare | None = None
     size: int = 0
     subset: Subset | None = None
+    shape: tuple[int, int, int] = (3, 32, 32)
+    classes: int = 10
+    train: int = 0
+    test: int = 0
 
 
 def try_mirrors(fetch: Callable[[str | None], Any], mirrors: Sequence[str | None]) -> Any:
@@ -182,32 +190,48 @@ SOURCES: dict[str, Source] = {
         "60,000 colour photos, 32x32, 10 classes (50,000 train, 10,000 test; 180 MB prepared)",
         "https://www.cs.toronto.edu/~kriz/cifar.html",
         _from_torchvision("CIFAR10", _CIFAR10),
+        train=50_000,
+        test=10_000,
     ),
     "cifar100": Source(
         "60,000 colour photos, 32x32, 100 classes (50,000 train, 10,000 test; 180 MB prepared)",
         "https://www.cs.toronto.edu/~kriz/cifar.html",
         _from_torchvision("CIFAR100", _CIFAR100),
+        classes=100,
+        train=50_000,
+        test=10_000,
     ),
     "svhn": Source(
         "99,289 photos of house-number digits, 32x32 (73,257 train, 26,032 test; 300 MB prepared)",
         "http://ufldl.stanford.edu/housenumbers/",
         _from_torchvision("SVHN", by_split=True),
+        train=73_257,
+        test=26_032,
     ),
     "stl10": Source(
         "13,000 labelled colour photos, 96x96, 10 classes (5,000 train, 8,000 test; 360 MB "
         "prepared, 2.6 GB downloaded)",
         "https://cs.stanford.edu/~acoates/stl10/",
         _from_torchvision("STL10", by_split=True),
+        shape=(3, 96, 96),
+        train=5_000,
+        test=8_000,
     ),
     "mnist": Source(
         "70,000 handwritten digits, grey, 28x28 (60,000 train, 10,000 test; 55 MB prepared)",
         "http://yann.lecun.com/exdb/mnist/",
         _from_torchvision("MNIST"),
+        shape=(1, 28, 28),
+        train=60_000,
+        test=10_000,
     ),
     "fashion-mnist": Source(
         "70,000 pictures of clothes, grey, 28x28 (60,000 train, 10,000 test; 55 MB prepared)",
         "https://github.com/zalandoresearch/fashion-mnist",
         _from_torchvision("FashionMNIST"),
+        shape=(1, 28, 28),
+        train=60_000,
+        test=10_000,
     ),
     "imagenette": Source(
         "13,394 ImageNet photos of 10 easy classes (9,469 train, 3,925 test; 660 MB prepared at 128x128)",
@@ -215,12 +239,18 @@ SOURCES: dict[str, Source] = {
         _imagenette,
         size=128,
         subset=subsets.IMAGENETTE,
+        shape=(3, 128, 128),
+        train=9_469,
+        test=3_925,
     ),
     "imagewoof": Source(
         "12,954 ImageNet photos of 10 dog breeds (9,025 train, 3,929 test; 640 MB prepared at 128x128)",
         "https://github.com/fastai/imagenette",
         size=128,
         subset=subsets.IMAGEWOOF,
+        shape=(3, 128, 128),
+        train=9_025,
+        test=3_929,
     ),
     "tiny-imagenet": Source(
         "110,000 ImageNet photos, 64x64, 200 classes (100,000 train, 10,000 test, its validation "
@@ -228,12 +258,20 @@ SOURCES: dict[str, Source] = {
         "http://cs231n.stanford.edu/",
         _tiny_imagenet(subsets.TINY),
         subset=subsets.TINY,
+        shape=(3, 64, 64),
+        classes=200,
+        train=100_000,
+        test=10_000,
     ),
     "tiny-imagenet-20": Source(
         "11,000 of Tiny ImageNet's photos, 64x64, 20 classes (10,000 train, 1,000 test; 140 MB prepared)",
         "http://cs231n.stanford.edu/",
         _tiny_imagenet(subsets.TINY_20),
         subset=subsets.TINY_20,
+        shape=(3, 64, 64),
+        classes=20,
+        train=10_000,
+        test=1_000,
     ),
     "imagenet-100": Source(
         "131,689 ImageNet photos of the 100 classes of Tian et al. (126,689 train, 5,000 test, of the "
@@ -241,6 +279,10 @@ SOURCES: dict[str, Source] = {
         "https://www.image-net.org/",
         size=224,
         subset=subsets.IMAGENET_100,
+        shape=(3, 224, 224),
+        classes=100,
+        train=126_689,
+        test=5_000,
     ),
     "imagenet": Source(
         "1.3 million photos, 1,000 classes (1,281,167 train, 50,000 test, the validation split; 200 GB "
@@ -248,5 +290,9 @@ SOURCES: dict[str, Source] = {
         "https://www.image-net.org/",
         size=224,
         subset=subsets.IMAGENET,
+        shape=(3, 224, 224),
+        classes=1000,
+        train=1_281_167,
+        test=50_000,
     ),
 }
