@@ -8,17 +8,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
 import modlib
-from modlib.data import Dataset
 from modlib.experiments import RECIPES, environment, run
 from modlib.experiments.audits import audits
 from modlib.experiments.compare import compare
-from modlib.experiments.recipes import papers, strong
-from modlib.experiments.recipes.recipe import Profile, Recipe
+from modlib.experiments.recipes import imagenet, papers, sweeps
+from modlib.experiments.recipes.recipe import Recipe
 
 RESULTS = Path(__file__).parents[1] / "book" / "results"
 RECORDS = [p for p in sorted(RESULTS.glob("*/*-seed*.json")) if p.parent.name != "transfer"]
@@ -102,16 +100,6 @@ def test_unknown_recipes_and_profiles_are_refused(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def stand_in(profile: Profile) -> Dataset:
-    """A few images of the shape of the profile's data set."""
-    size, channels = {"cifar10": (32, 3), "mnist": (28, 1), "digits": (profile.size or 8, 1)}[
-        profile.data
-    ]
-    images = np.zeros((20, size, size, channels), np.uint8)
-    labels = np.arange(20) % 10
-    return Dataset(profile.data, images, labels, images, labels)
-
-
 @pytest.mark.parametrize(
     ("name", "profile"),
     [(name, size) for name, r in RECIPES.items() for size in r.profiles if size != "smoke"],
@@ -119,13 +107,13 @@ def stand_in(profile: Profile) -> Dataset:
 def test_networks_of_all_sizes_can_be_built_cut_and_staged(name: str, profile: str) -> None:
     recipe: Recipe = RECIPES[name]
     settings = recipe.profiles[profile]
-    data = stand_in(settings)
+    data = settings.stand_in()
     x = torch.zeros(2, *data.shape)
     net = recipe.network(settings, data, 0, x)
     stages = recipe.method().stages(net, x)
     epochs = recipe.epochs(settings, len(net))
     assert isinstance(epochs, int) or len(epochs) == len(stages)
-    assert net.shapes(x)[-1] == (10,)
+    assert net.shapes(x)[-1] == (len(data.classes),)
 
 
 @pytest.mark.parametrize("before", [name for name in RECIPES if "-before-" in name])
@@ -158,11 +146,17 @@ def test_every_recipe_is_compared_on_the_same_network_and_data() -> None:
         (*wide("e2ebp", "bcd", "bcd-decay", "admm", "admm-coupled"),),
         (*wide("tanh-e2ebp", "mac", "altmin"),),
         ("mnist-norm-e2ebp", "mnist-hsic"),
-        tuple(r.name for r in strong.RECIPES if not r.name.endswith("-without-whitening")),
+        *(
+            [name for name in RECIPES if name.startswith(start) and not name.endswith("-epochs")]
+            for start in ("cifar10-strong-", "tiny-imagenet-resnet-", "tiny-imagenet-vit-")
+        ),
     )
-    apart = {recipe.name for recipe in (*papers.RECIPES, *strong.RECIPES)} | {
-        name for pair in pairs for name in pair
-    }
+    rooms = (
+        *papers.RECIPES,
+        *imagenet.RECIPES,
+        *sweeps.RECIPES,
+    )  # the last two are looked at below
+    apart = {recipe.name for recipe in rooms} | {name for pair in pairs for name in pair}
     apart |= {name for name in RECIPES if name.endswith("-epochs")}  # more of them on purpose
     apart |= {*wide("lifted")}  # on fewer images, as its page says
     for names in ([name for name in RECIPES if name not in apart], *pairs):
@@ -172,15 +166,42 @@ def test_every_recipe_is_compared_on_the_same_network_and_data() -> None:
             if group[0].name in wide("e2ebp", "tanh-e2ebp"):  # sweeps take all images at once
                 sizes = [replace(size, batch_size=0) for size in sizes]
             assert len({*map(repr, sizes)}) == 1
-            data = stand_in(group[0].profiles[profile])
+            data = group[0].profiles[profile].stand_in()
             x = torch.zeros(2, *data.shape)
             weights = [
                 torch.cat(
                     [p.flatten() for p in r.network(r.profiles[profile], data, 3, x).parameters()]
                 )
-                for r in group[:3]
+                for r in group[:5]
+                if not r.name.endswith("-without-whitening")
             ]
             assert all(torch.equal(weights[0], other) for other in weights)
+
+
+def test_gpu_recipes_of_one_network_share_data_and_size() -> None:
+    for start in sorted({"-".join(r.name.split("-")[:3]) for r in imagenet.RECIPES}):
+        sizes = {repr(r.profiles["gpu"]) for r in imagenet.RECIPES if r.name.startswith(start)}
+        assert len(sizes) == 1, start
+
+
+def test_a_point_of_a_sweep_differs_from_the_base_along_its_axis_alone() -> None:
+    base = sweeps.BASE["cpu"]
+    for recipe in sweeps.RECIPES:
+        size, (axis, *rest) = recipe.profiles["cpu"], recipe.name.split("-")[1:]
+        changed = {"classes": {"classes", "epochs"}, "width": {"widths"}, "epochs": {"epochs"}}
+        differing = {k for k, v in vars(size).items() if v != getattr(base, k)}
+        assert differing == changed.get(axis, set()), recipe.name
+        modules = recipe.network(size, size.stand_in(), 0, torch.zeros(2, 3, 64, 64))
+        assert len(modules) == (int(rest[0]) if axis == "modules" else 3)
+        if size.classes:  # as many steps, whatever the number of classes
+            assert size.classes * size.epochs == 20 * base.epochs
+
+
+def test_a_seed_draws_the_classes_of_a_profile_that_takes_some_of_them() -> None:
+    profile = replace(sweeps.BASE["smoke"], classes=3)
+    names = [profile.load(None, seed).classes for seed in range(3)]
+    assert all(len(set(chosen)) == 3 for chosen in names) and len(set(names)) > 1
+    assert profile.load(None, 1).classes == names[1]
 
 
 def test_recipes_of_other_lengths_differ_in_their_epochs_alone() -> None:

@@ -69,7 +69,7 @@ def kept(
             f"{target} or {folder} is missing; run the recipe first: modlib run {recipe}."
         )
     settings = RECIPES[recipe].profiles[profile]
-    data = settings.load(root)
+    data = settings.load(root, seed)
     x, _ = Loader(data, batch_size=settings.batch_size).sample(settings.batch_size)
     net = RECIPES[recipe].network(settings, data, seed, x)
     return Kept(json.loads(target.read_text(encoding="utf-8")), target, data, net, folder)

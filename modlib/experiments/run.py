@@ -11,15 +11,16 @@ from typing import Any
 from torch import nn
 
 from modlib.data import Loader
+from modlib.device import peak_bytes, pick_device, reset_peak
 from modlib.experiments import environment
 from modlib.experiments.recipes import RECIPES
-from modlib.experiments.recipes.recipe import Batch, Recipe
+from modlib.experiments.recipes.recipe import Batch, Profile, Recipe
 from modlib.measure.angles import KeepStages
 from modlib.measure.audit import audit
 from modlib.measure.costs import costs
 from modlib.network import ModularNetwork
 from modlib.parallel import ModuleParallel
-from modlib.training import History, checkpoints, evaluate, fit, pick_device
+from modlib.training import History, checkpoints, evaluate, fit
 
 Record = dict[str, Any]
 
@@ -67,17 +68,12 @@ def run(
     >>> "cifar10-proxy-supcon" in RECIPES    # what else there is
     True
     """
-    recipe = _recipe(recipe)
-    if profile not in recipe.profiles:
-        raise ValueError(
-            f"profile={profile!r}: recipe {recipe.name!r} has {', '.join(recipe.profiles)}."
-        )
-    settings = recipe.profiles[profile]
+    recipe, settings = found(recipe, profile)
     target, folder = places(recipe.name, profile, seed, results, runs)
     if not resume:
         check_absent(target)
     where = pick_device(device)
-    data = settings.load(root)
+    data = settings.load(root, seed)
     loader = Loader(data, batch_size=settings.batch_size, device=where)
     batch = loader.sample(settings.batch_size)
     net = recipe.network(settings, data, seed, batch[0].cpu()).to(where)
@@ -87,6 +83,7 @@ def run(
         measured, price = audit(method, net, batch), costs(method, net, batch)
     keeper = KeepStages(method)
     watched = replace(recipe, watch=None) if parallel else recipe
+    reset_peak(where)
     history = fit(
         net,
         keeper if watched.watch else method,
@@ -120,6 +117,7 @@ def run(
         "hardware": environment.hardware(where),
         "wall_s": round(sum(history.seconds), 2),
         "peak_saved_bytes": measured.peak_saved_bytes,
+        **({} if (peak := peak_bytes(where)) is None else {"peak_device_bytes": peak}),
         "history": _history(history),
         "final": _final(net, data, recipe.flip_at_test),
         "settings": {**recipe.settings(), **asdict(settings)},
@@ -155,12 +153,21 @@ def check_absent(target: Path) -> None:
         raise ValueError(f"{target} exists; move it away to run this again, or give another seed.")
 
 
-def _recipe(recipe: str | Recipe) -> Recipe:
-    if isinstance(recipe, Recipe):
-        return recipe
-    if recipe not in RECIPES:
-        raise ValueError(f"recipe={recipe!r} is unknown; choose from {', '.join(RECIPES)}.")
-    return RECIPES[recipe]
+def found(recipe: str | Recipe, profile: str) -> tuple[Recipe, Profile]:
+    """A recipe by its name, and its profile.
+
+    Raises:
+        ValueError: one of them is unknown.
+    """
+    if isinstance(recipe, str):
+        if recipe not in RECIPES:
+            raise ValueError(f"recipe={recipe!r} is unknown; choose from {', '.join(RECIPES)}.")
+        recipe = RECIPES[recipe]
+    if profile not in recipe.profiles:
+        raise ValueError(
+            f"profile={profile!r}: recipe {recipe.name!r} has {', '.join(recipe.profiles)}."
+        )
+    return recipe, recipe.profiles[profile]
 
 
 def _after_epoch(folder: Path, recipe: Recipe, keeper: KeepStages, batch: Batch) -> Any:

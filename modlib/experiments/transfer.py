@@ -25,7 +25,8 @@ from modlib import objectives
 from modlib.data import Dataset
 from modlib.experiments import environment
 from modlib.experiments.kept import arguments, told
-from modlib.experiments.recipes.cifar10 import KERNEL, OUTPUT_LR, RATES
+from modlib.experiments.recipes.cifar10 import KERNEL, RATES
+from modlib.experiments.recipes.methods import OUTPUT_LR
 from modlib.experiments.recipes.recipe import CIFAR10, Profile, trunk
 from modlib.experiments.run import Record, check_absent, write
 from modlib.methods import ProxyObjective, sgd

@@ -16,11 +16,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import nn
 
-from modlib import data as datasets
 from modlib.data import Dataset
 from modlib.experiments.recipes import TUNED, Recipe
-from modlib.experiments.recipes.cifar10 import ADAM
 from modlib.experiments.run import write
 from modlib.training import fit
 
@@ -92,12 +91,17 @@ def search(
 
 def rates(name: str) -> tuple[Sequence[float], Sequence[float]]:
     """The ladder of a recipe, and the rates that its search starts with."""
-    if (
-        name.startswith("mnist-")
-        or name.removeprefix("cifar10-").removesuffix("-k3").removesuffix("-before") in ADAM
-    ):
+    if name.startswith("mnist-") or _by_adam(TUNED[name](LADDER[0])):
         return ADAM_LADDER, ADAM_START
     return LADDER, FLAT_START if name in FLAT else START
+
+
+def _by_adam(recipe: Recipe) -> bool:
+    given = recipe.method().optimizer
+    make = given[0] if isinstance(given, Sequence) else given
+    return make is not None and isinstance(
+        make([nn.Parameter(torch.zeros(1))]), torch.optim.Adam | torch.optim.AdamW
+    )
 
 
 def standard_error(accuracy: float, images: int) -> float:
@@ -117,22 +121,28 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("names", nargs="*", help="recipes (default: all that are tuned)")
     parser.add_argument("--out", default="book/results/learning-rates.json")
-    parser.add_argument("--n-train", type=int, default=10_000)
-    parser.add_argument("--n-test", type=int, default=5_000)
+    parser.add_argument("--n-train", type=int, default=10_000, help="at most")
+    parser.add_argument(
+        "--n-test", type=int, default=5_000, help="at most, and a fifth of all images"
+    )
     parser.add_argument("--epochs", type=int, default=4)
     options = parser.parse_args()
     torch.set_num_threads(1)
     out = Path(options.out)
     table = json.loads(out.read_text()) if out.exists() else {}
-    table["settings"] = {
-        **table.get("settings", {}),  # the accuracy of an untrained hidden module stays
-        "data": f"cifar10, {options.n_train} training and {options.n_test} held-out images",
-        "epochs": options.epochs,
-        "standard_error": round(standard_error(0.5, options.n_test), 4),  # at most
-    }
+    settings = table.setdefault("settings", {})
     for name in options.names or TUNED:
-        whole = datasets.load(name.split("-")[0])
-        data = held_out(whole, options.n_train, options.n_test)
+        whole = TUNED[name](LADDER[0]).profiles["cpu"].load(None)
+        n_test = min(options.n_test, len(whole.train_labels) // 5)
+        n_train = min(options.n_train, len(whole.train_labels) - n_test)
+        data = held_out(whole, n_train, n_test)
+        budget = {
+            "data": f"{whole.name}, {n_train} training and {n_test} held-out images",
+            "epochs": options.epochs,
+            "standard_error": round(standard_error(0.5, n_test), 4),  # at most
+        }
+        if any(settings.setdefault(key, value) != value for key, value in budget.items()):
+            settings.setdefault("other", {})[name] = budget
         tried = search(partial(_accuracy, TUNED[name], data, options.epochs), *rates(name))
         table[name] = {str(lr): tried[lr] for lr in sorted(tried)}
         print(name, table[name], flush=True)

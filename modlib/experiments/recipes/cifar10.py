@@ -9,7 +9,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from modlib import methods, objectives
+from modlib import methods
+from modlib.experiments.recipes.methods import (
+    ADAM,
+    LOCAL,
+    OTHER_ORDER,
+    OUTPUT_LR,
+    PROXIES,
+    local,
+    modular,
+)
 from modlib.experiments.recipes.recipe import (
     Recipe,
     cifar10_for,
@@ -17,8 +26,7 @@ from modlib.experiments.recipes.recipe import (
     watch_angles,
     watch_synthetic,
 )
-from modlib.methods import E2EBP, Method, ProxyObjective, sgd
-from modlib.methods.method import MakeOptimizer
+from modlib.methods import E2EBP, Method, sgd
 from modlib.networks import ELUSlope
 from modlib.objectives import Objective
 
@@ -34,50 +42,10 @@ def proxy(
     """A proxy objective in modules cut at these layers and at the feature map; options are the recipe's."""
 
     def method() -> Method:
-        optimizers = [*[sgd(lr)] * (len(cut) + 1), sgd(OUTPUT_LR, weight_decay=0.0)]
-        return ProxyObjective(objective(), optimizer=optimizers, cache_features=True, views=2)
+        return modular(objective(), len(cut) + 1, sgd(lr))
 
     note = {"lr": lr, "output_lr": OUTPUT_LR, "objective": repr(objective()), "views": 2}
     return Recipe(name, (*cut, "features"), method, note, output_apart=True, **options)
-
-
-# InfoPro's weights of (reconstruction, labels) of the first and the last hidden module, by number of
-# modules: those published for cuts balanced by memory. (None are published for six; four have the same as
-# three.)
-_INFOPRO: dict[int, tuple[tuple[float, float], tuple[float, float] | None]] = {
-    2: ((5.0, 0.1), None),
-    3: ((5.0, 0.0), (5.0, 0.1)),
-    6: ((5.0, 0.0), (5.0, 0.1)),
-}
-
-# Local objectives on networks cut into 2, 3 or 6 modules, as functions of the optimiser.
-LOCAL: dict[str, Callable[[MakeOptimizer, int], Method]] = {
-    "greedy-1": lambda make, _: methods.layerwise_greedy(1, optimizer=make),
-    "greedy-2": lambda make, _: methods.layerwise_greedy(2, optimizer=make),
-    "cascade": lambda make, _: methods.cascade(optimizer=make),
-    "dgl": lambda make, _: methods.decoupled_greedy(optimizer=make),
-    "dgl-cnn": lambda make, _: methods.decoupled_greedy("cnn", optimizer=make),
-    "pred": lambda make, _: methods.local_error_signals("pred", optimizer=make),
-    "sim": lambda make, _: methods.local_error_signals("sim", optimizer=make),
-    "predsim": lambda make, _: methods.local_error_signals("predsim", optimizer=make),
-    "mono-forward": lambda make, _: methods.mono_forward(optimizer=make),
-    "random": lambda make, _: methods.random_classifiers(optimizer=make),
-    "auglocal": lambda make, _: methods.AugLocal(optimizer=make),
-    "infopro-softmax": lambda make, k: methods.infopro(
-        *_INFOPRO[k], form="softmax", optimizer=make
-    ),
-    "infopro-contrast": lambda make, k: methods.infopro(
-        *_INFOPRO[k], form="contrast", optimizer=make
-    ),
-}
-# The same objectives in the other order: all modules in each step, or one after another.
-OTHER_ORDER: dict[str, Callable[[MakeOptimizer, int], Method]] = {
-    "greedy-1-together": lambda make, _: methods.decoupled_greedy("greedy-1", optimizer=make),
-    "predsim-in-turn": lambda make, _: methods.local_error_signals(
-        "predsim", in_turn=True, optimizer=make
-    ),
-}
-ADAM = {"pred", "sim", "predsim", "predsim-in-turn", "cdni"}  # as published; all others by SGD
 
 
 # First layers of the later modules, by number of modules.
@@ -98,7 +66,7 @@ def _locally(key: str, modules: int, lr: float, boundary: str = "after") -> Reci
     return Recipe(
         f"cifar10-{key}{before}-k{modules}",
         _CUTS[modules],
-        partial({**LOCAL, **OTHER_ORDER}[key], make, modules),
+        partial(local, key, modules, make),
         {"lr": lr, "objective": key, "boundary": boundary},
         build=partial(trunk, boundary=boundary),
     )
@@ -184,26 +152,8 @@ BEFORE = (
 )  # fmt: skip
 
 
-OUTPUT_LR = 1.0  # of an output module alone: a convex problem on unit vectors, the same for all
 KERNEL = "relu-pool"
-
-# The published objectives, then what mends them: pairs weighed equally, centred, per anchor.
-# (Balanced weights leave the diagonal out, so balanced UTAL is balanced alignment.)
-_PROXIES: dict[str, Callable[[], Objective]] = {
-    "raw": partial(objectives.Raw, KERNEL),
-    "nmse": partial(objectives.NMSE, KERNEL),
-    "alignment": partial(objectives.Alignment, KERNEL),
-    "utal": partial(objectives.UpperTriangleAlignment, KERNEL),
-    "contrastive": partial(objectives.Contrastive, KERNEL),
-    "log-contrastive": partial(objectives.LogContrastive, KERNEL),
-    "raw-balanced": partial(objectives.Raw, KERNEL, balanced=True),
-    "nmse-balanced": partial(objectives.NMSE, KERNEL, balanced=True),
-    "alignment-balanced": partial(objectives.Alignment, KERNEL, balanced=True),
-    "contrastive-balanced": partial(objectives.Contrastive, KERNEL, balanced=True),
-    "log-contrastive-balanced": partial(objectives.LogContrastive, KERNEL, balanced=True),
-    "centred-alignment": partial(objectives.CentredAlignment, KERNEL),
-    "supcon": partial(objectives.SupCon, 0.07, KERNEL),
-}
+_PROXIES = {key: partial(make, KERNEL) for key, make in PROXIES.items()}
 
 
 def _trunk_cut(key: str, lr: float) -> Recipe:

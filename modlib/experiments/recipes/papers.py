@@ -21,7 +21,7 @@ def _vgg8b(name: str, method: Method, modules: int, slope: float) -> Recipe:
 
 def _resnet(name: str, layers: int, cut: tuple[str, ...], method: Method) -> Recipe:
     """As published by Wang et al. 2021."""
-    build, note = partial(resnet, (layers - 2) // 6), {"lr": 0.8, "schedule": "cosine"}
+    build, note = partial(resnet, blocks=(layers - 2) // 6), {"lr": 0.8, "schedule": "cosine"}
     return Recipe(name, cut, lambda: method, note, RESNET, build, schedule="cosine")
 
 

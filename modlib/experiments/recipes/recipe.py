@@ -8,12 +8,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from modlib import data as datasets
 from modlib import networks
 from modlib.data import Augment, Dataset
+from modlib.data.catalogue import selected
 from modlib.measure.angles import angles, angles_gone, errors
 from modlib.methods import Method, Stage
 from modlib.methods.synthetic_gradients import gradient_errors
@@ -38,6 +40,8 @@ class Profile:
         batch_size: images a step.
         channels_last: memory layout.
         precision: as in ``modlib.fit``.
+        blocks: residual blocks in each group, where the recipe leaves them open.
+        classes: how many of the data set's classes, drawn by the run's seed; None takes all.
 
     >>> small = Profile("digits", widths=(8, 8), epochs=1, n_train=100, n_test=50)
     >>> small.load(None)
@@ -55,13 +59,24 @@ class Profile:
     batch_size: int = 128
     channels_last: bool = True
     precision: str = "auto"
+    blocks: tuple[int, ...] = ()
+    classes: int | None = None
 
-    def load(self, root: str | Path | None) -> Dataset:
-        """The data set, or its subset."""
+    def load(self, root: str | Path | None, seed: int = 0) -> Dataset:
+        """The data set, or its subset; where there are fewer classes, the seed says which."""
         data = datasets.load(self.data, root, size=self.size)
+        if self.classes is not None:
+            order = np.random.default_rng(seed).permutation(len(data.classes))
+            chosen = [data.classes[i] for i in order[: self.classes]]
+            data = datasets.load(self.data, root, size=self.size, classes=chosen)
         if self.n_train is None and self.n_test is None:
             return data
         return data.subset(n_train=self.n_train, n_test=self.n_test)
+
+    def stand_in(self, images: int = 64) -> Dataset:
+        """A few images of noise in the data set's place; it need not be on this machine."""
+        data = datasets.stand_in(self.data, images, size=self.size)
+        return data if self.classes is None else selected(data, data.classes[: self.classes])
 
 
 _SMOKE = Profile("digits", (8, 8, 16), 1, 1, n_train=512, n_test=256, size=32, batch_size=64)
@@ -220,9 +235,10 @@ VGG8B = {  # batches and epochs of Nøkland & Eidnes 2019
     "smoke": replace(_SMOKE, widths=(4,)),
     "gpu": Profile("cifar10", (128,), 400),
 }
+_SMALL = replace(_SMOKE, size=16, n_train=64, n_test=32, batch_size=32, stride=1)
 RESNET = {  # of Wang et al. 2021
-    "smoke": replace(_SMOKE, widths=(2, 2, 4), size=16, n_train=64, n_test=32, batch_size=32),
-    "gpu": Profile("cifar10", (16, 32, 64), 160, batch_size=1024),
+    "smoke": replace(_SMALL, widths=(2, 2, 4)),
+    "gpu": Profile("cifar10", (16, 32, 64), 160, stride=1, batch_size=1024),
 }
 
 
@@ -235,16 +251,19 @@ def vgg8b(slope: float, profile: Profile, data: Dataset, seed: int) -> nn.Module
     )
 
 
-def resnet(blocks: int, profile: Profile, data: Dataset, seed: int) -> nn.Module:
-    """A residual network of ``6 * blocks + 2`` layers, whose modules end after their ReLU as published."""
+def resnet(
+    profile: Profile, data: Dataset, seed: int, boundary: str = "after", blocks: int | None = None
+) -> nn.Module:
+    """A residual network, whose modules end after their ReLU as published, or before it."""
     channels, size, _ = data.shape
     return networks.resnet(
         profile.widths,
-        blocks,
+        blocks or profile.blocks,
         len(data.classes),
         channels=channels,
         size=size,
-        boundary="after",
+        stride=profile.stride,
+        boundary=boundary,
         seed=seed,
     )
 
