@@ -69,6 +69,9 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--runs", default="runs", help="folder for checkpoints")
     sub.add_argument("--resume", action="store_true", help="go on from the run's checkpoint")
     sub.add_argument(
+        "--dry-run", action="store_true", help="say what the run would take, without its data"
+    )
+    sub.add_argument(
         "--threads", type=_whole(1), help="processor threads (default: PyTorch's choice)"
     )
     sub.add_argument(
@@ -171,6 +174,7 @@ The record is written to RESULTS/RECIPE/PROFILE-seedN.json when the run ends. Ct
 leaves a checkpoint under RUNS/; the same command with --resume goes on from it and ends in the same
 history. Examples:  modlib run list
            modlib run cifar10-e2ebp --profile cpu --seed 1 --resume
+           modlib run imagenet-100-resnet18-e2ebp --profile gpu --dry-run
            torchrun --nproc-per-node 3 -m modlib run cifar10-dgl-k3 --parallel modules
 """
 
@@ -189,6 +193,11 @@ def _run(options: argparse.Namespace) -> None:
         return
     if options.threads:
         torch.set_num_threads(options.threads)
+    if options.dry_run:
+        from modlib.experiments.plan import plan
+
+        print(plan(options.recipe, options.profile))
+        return
     options.hint = "The last epoch's checkpoint is kept; go on with the same command and --resume."
     if options.replay and not options.parallel:
         raise ValueError(f"--replay {options.replay}: give it together with --parallel modules.")
