@@ -228,7 +228,7 @@ RATES: dict[str, float] = {
     "cifar10-random-before-k3": 1.0,
     "cifar10-auglocal-before-k3": 1.0,
     "cifar10-fr-k2": 0.3,
-    "cifar10-fr-k3": 0.1,
+    "cifar10-fr-k3": 0.3,
     "cifar10-fr-k4": 0.3,
     "cifar10-ddg-k3": 0.3,
     "cifar10-cdni-k3": 0.003,
