@@ -32,11 +32,12 @@ def tuning() -> dict[str, dict[str, float]]:
 
 
 def stable() -> dict[str, dict[str, float]]:
-    """What was found, but 0 at a rate at which a run of full length diverged, as in the search itself."""
+    """What was found, by the longer search where there is one, and 0 at a rate at which a full run diverged."""
     settings = json.loads((RESULTS / "learning-rates.json").read_text())["settings"]
     return {
         name: {
-            lr: 0.0 if lr in settings["diverged"].get(name, {}) else a for lr, a in tried.items()
+            lr: 0.0 if lr in settings["diverged"].get(name, {}) else a
+            for lr, a in settings["longer search"].get(name, tried).items()
         }
         for name, tried in tuning().items()
     }
