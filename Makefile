@@ -10,7 +10,9 @@ export OMP_NUM_THREADS ?= 1
 
 # What PyTorch and its libraries would do on another processor: no stored or tested number may notice.
 ELSEWHERE := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_CBWR=COMPATIBLE
-PYTEST := MODLIB_QUICK=1 $(BIN)/pytest --dist loadscope -q
+# glibc gives large blocks back and has them paged in anew: up to half of a step's time on a CPU
+KEEP := MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=8589934592
+PYTEST := MODLIB_QUICK=1 $(KEEP) $(BIN)/pytest --dist loadscope -q
 
 .PHONY: help book pages compare test elsewhere everywhere check setup notebooks clean
 

@@ -25,7 +25,7 @@ from scipy.io import savemat
 
 import modlib.data
 from modlib import cli
-from modlib.data import Augment, Dataset, Loader, explain, load, prepare, sources
+from modlib.data import Augment, Dataset, Loader, catalogue, explain, load, prepare, sources
 from modlib.data.cache import write
 from modlib.data.subsets import Subset
 
@@ -166,6 +166,10 @@ PLAIN: dict[str, Case] = {
     ),
     "resize": (lambda: load("moons", size=8), [lambda: load("moons")]),
     "name": (lambda: load("digit"), [lambda: load("digits")]),
+    "nothing known": (
+        lambda: catalogue.stand_in("photographs"),
+        [partial(catalogue.counts, name) for name in catalogue.names()],
+    ),
     "explained name": (lambda: explain("digit"), [lambda: explain("digits")]),
     "list": (lambda: load("digits", classes="12"), [lambda: load("digits", classes=["1", "2"])]),
     "twice": (

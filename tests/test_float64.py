@@ -114,4 +114,5 @@ def test_nothing_converts_to_float64_but_through_the_cpu() -> None:
     assert sorted(direct) == [
         "few_labels.py: delta = torch.linspace(-1.0, 1.0, 401, dtype=torch.float64, device=own.device)",
         'kernels.py: return (h.cpu() if h.device.type == "mps" else h).double()',
+        "messages.py: torch.float64,",  # one of the types that a message may name
     ]

@@ -252,7 +252,7 @@ def cut(kernel: str | None = None) -> ModularNetwork:
 
 
 def test_every_method_is_told_here_whether_it_takes_tokens() -> None:
-    other = {"Ensemble", "ExactGradient", "Method", "Stage", "sgd", "unformatted_accuracy"}
+    other = {"Ensemble", "ExactGradient", "Method", "Stage", "adamw", "sgd", "unformatted_accuracy"}
     assert TRAINED.keys() | REFUSED.keys() == set(methods.__all__) - other
 
 

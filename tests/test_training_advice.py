@@ -166,6 +166,10 @@ PLAIN: dict[str, Case] = {
         fitted(precision="half"),
         [fitted(precision=p) for p in ("auto", "float32", "bfloat16", "float16")],
     ),
+    "recompute": (
+        fitted(recompute="most"),
+        [fitted(recompute=budget) for budget in (10**9, "least", None)],
+    ),
     "schedule": (fitted(schedule="linear"), EVERY_SCHEDULE),
     "scheduler": (fitted(schedule=CosineAnnealingLR), EVERY_SCHEDULE),
     "schedule fails": (fitted(schedule=lambda: 1.0), EVERY_SCHEDULE),

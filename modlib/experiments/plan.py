@@ -190,9 +190,10 @@ class _Steps:
 
 
 def _steps(stage: Stage, x: Tensor, y: Tensor) -> _Steps:
-    counted, once, held = 0, 0, []
+    counted, once, held, frozen = 0, 0, [], stage.frozen
     weights = [p for module in (*stage.frozen, *stage.modules) for p in module.parameters()]
     for images in (4, 6):
+        stage.frozen = [*frozen]  # a stage that stored features has none left to run
         some = OneBatch(
             (x[:images].clone(), y[:images].clone()), random=True
         )  # a view holds all of x

@@ -97,6 +97,8 @@ def resnet(
     """
     check_boundary(boundary)
     check_list("widths", widths)
+    if isinstance(blocks, int):
+        check_whole(blocks=blocks)
     counts = [blocks] * len(widths) if isinstance(blocks, int) else list(blocks)
     check_list("blocks", counts)
     if len(counts) != len(widths):
