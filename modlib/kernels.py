@@ -91,6 +91,9 @@ class Gaussian(Kernel):
     Args:
         width: :math:`\sigma > 0`, in the units of the module's output.
 
+    Raises:
+        ValueError: the width is not finite and above 0.
+
     >>> import torch
     >>> Gaussian(width=1.0).gram(torch.tensor([[0.0], [2.0]]))[0, 1].log()
     tensor(-2.)
@@ -183,6 +186,9 @@ class FeatureMap(nn.Module):
 
     Args:
         kernel: "relu", "tanh", "sigmoid", "relu-pool" or "cosine".
+
+    Raises:
+        ValueError: the kernel is unknown, or has no finite map.
 
     >>> import torch
     >>> FeatureMap("relu")(torch.tensor([[3.0, 4.0, -1.0]]))

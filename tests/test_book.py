@@ -1,6 +1,7 @@
 """The built book: no warning, no dead link, no request to any network, readable by everybody."""
 
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -190,6 +191,42 @@ def test_page_can_be_read_by_everybody(pages: Path, name: str) -> None:
     for image in article(pages / f"{name}.html").find_all("img"):
         alt = image.get("alt", "")
         assert len(alt) > 20 and not alt.endswith((".png", ".svg")), f"{name}: alt text {alt!r}"
+
+
+# --- the reference ---------------------------------------------------------------------------
+
+reference = runpy.run_path(str(ROOT / "book/_ext/book_pages/reference.py"))
+REFERENCE = [name for name in PAGES if name.startswith("book/reference/")]
+
+
+def test_every_public_name_has_one_entry_with_an_example_and_its_chapter(pages: Path) -> None:
+    """And no entry is of a member that torch's classes have."""
+    public, members, value = (reference[name] for name in ("public", "members", "value"))
+    found: dict[str, str] = {}
+    for name in REFERENCE:
+        for heading in article(pages / f"{name}.html").select("dt.sig[id]"):
+            assert heading["id"] not in found
+            found[str(heading["id"])] = name
+            if heading["id"] in public():
+                body = heading.find_next_sibling("dd")
+                assert isinstance(body, Tag)
+                link = body.select_one("p.derived a")
+                page = reference["chapter"](public()[heading["id"]])
+                assert link and str(link["href"]).endswith(f"{page}.html")
+                assert body.select_one(".highlight .gp") or heading.parent["class"] == [
+                    "py",
+                    "data",
+                ]
+    owned = {f"{p}.{m}" for p in public() if isinstance(value(p), type) for m in members(value(p))}
+    assert set(found) == set(public()) | owned
+
+
+@pytest.mark.parametrize("name", CHAPTERS)
+def test_a_chapter_ends_with_the_entries_of_what_it_derives(pages: Path, name: str) -> None:
+    public, chapter = reference["public"](), reference["chapter"]
+    derived = {path for path, file in public.items() if f"book/{chapter(file)}" == name}
+    links = article(pages / f"{name}.html").select("p.derived a")
+    assert {str(link["href"]).partition("#")[2] for link in links} == derived
 
 
 # --- what can be taken along -----------------------------------------------------------------

@@ -4,6 +4,9 @@ if (location.protocol === "file:") DOCUMENTATION_OPTIONS.SHOW_SEARCH_SUMMARY = f
 // What the theme leaves open for keyboards and screen readers.
 document.addEventListener("DOMContentLoaded", () => {
   document.querySelector(".bd-sidebar-primary")?.setAttribute("role", "complementary");
+  for (const toggle of document.querySelectorAll(".has-children > details > summary")) {
+    toggle.setAttribute("aria-label", `Pages of ${toggle.closest("li").querySelector("a").textContent}`);
+  }
   // Wide formulas, outputs and tables scroll inside themselves: let the keyboard reach them.
   const wide = "div.math, .cell_output pre, div.highlight > pre, .pst-scrollable-table-container";
   const reach = () => {

@@ -35,7 +35,7 @@ def load(
         name: one of ``names()``; or a folder in ``root``; or the path of a prepared folder, or of a
             folder tree: ``train/<class>/*.jpg``, and val/ or test/ likewise or flat with a list of the
             classes, as ILSVRC and Tiny ImageNet are unpacked (``modlib.data.layouts``).
-        root: where prepared sets lie; by default $MODLIB_DATA, else the user's cache folder.
+        root: where prepared sets lie; by default ``$MODLIB_DATA``, else the user's cache folder.
         classes: names of the classes to keep, numbered 0, 1, ... in this order; all by default.
         size: side in pixels of square RGB images. Trees: what images are scaled and cropped to.
             Otherwise the images are resized in memory.

@@ -28,6 +28,10 @@ class E2EBP(Method):
         recompute: keep the modules' inputs alone, and run a module again for its gradient. Every module
             but the last then runs twice in a step; nothing else changes.
 
+    Raises:
+        TypeError: the objective is none.
+        ValueError: (when training starts) the network does not give one output for each class.
+
     >>> import modlib
     >>> net = modlib.partition(modlib.networks.mlp([64, 32, 10]), modules=2)
     >>> data = modlib.data.load("digits").subset(n_train=256, n_test=64)

@@ -31,6 +31,9 @@ class KeepHeads(Method):
     Attributes:
         heads: after training, the objective of each module, in the network's order.
 
+    Raises:
+        TypeError: the method is none.
+
     >>> import modlib
     >>> net = modlib.partition(modlib.networks.mlp([64, 32, 32, 10]), modules=3)
     >>> data = modlib.data.load("digits").subset(n_train=256, n_test=64)

@@ -37,6 +37,11 @@ class LocalLearning(Method):
         views: with ``cache_features`` and random augmentation, how many augmented views of the data
             to cache; epochs take them in turn.
 
+    Raises:
+        TypeError: an objective is none.
+        ValueError: ``cache_features`` without ``in_turn``, or ``views`` without ``cache_features``; (when training
+            starts) the optimisers are not one for each module, or a module has nothing to train.
+
     >>> import modlib
     >>> net = modlib.partition(modlib.networks.mlp([64, 32, 32, 10]), modules=3)
     >>> data = modlib.data.load("digits").subset(n_train=256, n_test=64)

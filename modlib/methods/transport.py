@@ -140,6 +140,9 @@ def transport(tau: float = 1.0, *, optimizer: Optimizers = None) -> TransportReg
         tau: step of the movement; the larger, the less a distance costs.
         optimizer: the published one at rate 0.003 if None.
 
+    Raises:
+        ValueError: τ is not above 0.
+
     Source: Karkar, Ayed, de Bézenac & Gallinari 2023 (arXiv 2309.17357).
 
     >>> transport(tau=2.0).objective.tau

@@ -48,6 +48,10 @@ class ProxyLoss(Objective):
         balanced: weigh same-class and different-class pairs equally; the diagonal is then left out, so
             balanced alignment fixes no scale.
 
+    Raises:
+        ValueError: the kernel is unknown, or both options are chosen; (when called) the labels do not fit, or the
+            batch has no pairs of a kind that is needed.
+
     >>> class Mean(ProxyLoss):    # an objective on pairs of your own
     ...     def loss(self, gram, same):
     ...         return (self.weights(gram, same) * (gram - self.target(gram, same))).mean()
@@ -248,6 +252,9 @@ class SupCon(ProxyLoss):
     Args:
         temperature: τ > 0.
         kernel: "cosine" takes inner products of normalised outputs, as in the paper.
+
+    Raises:
+        ValueError: the temperature is not above 0; and what ``ProxyLoss`` raises.
 
     >>> import torch
     >>> SupCon(temperature=1.0)(torch.eye(3), torch.tensor([0, 0, 1]))    # 2 of 3 anchors: log 2

@@ -133,7 +133,9 @@ def fit(
     >>> import modlib
     >>> data = modlib.data.load("digits")
     >>> net = modlib.partition(modlib.networks.mlp([64, 32, 10], seed=0), modules=2)
-    >>> history = fit(net, modlib.methods.LocalLearning(), data, epochs=5, progress=False)
+    >>> falling: modlib.training.Schedule = lambda progress: 1 - progress
+    >>> method = modlib.methods.LocalLearning()
+    >>> history = fit(net, method, data, epochs=5, schedule=falling, progress=False)
     >>> history.final["test_accuracy"] > 0.8
     True
     """

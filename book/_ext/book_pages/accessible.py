@@ -1,11 +1,13 @@
 """Mend what other extensions write that a screen reader or a validator stumbles over."""
 
+import re
 from typing import Any
 
 from docutils import nodes
 from sphinx.application import Sphinx
 
 _REPEATED = ("proof", "proof-content", "exercise-content", "solution-content")
+_ARGUMENTS = re.compile(r'<dl>\n((?:<dd><em class="sig-param">.*</dd>\n)+)</dl>')
 
 
 def connect(app: Sphinx) -> None:
@@ -23,6 +25,11 @@ def _drop_repeated_ids(app: Sphinx, tree: nodes.document, name: str) -> None:
 def _mend_roles(
     app: Sphinx, name: str, template: str, context: dict[str, Any], tree: nodes.document | None
 ) -> None:
-    """docutils marks the entries of a list of sources with a role that ARIA has withdrawn."""
-    body = context.get("body", "")
-    context["body"] = body.replace('role="doc-biblioentry"', 'role="listitem"')
+    """docutils marks sources with a role that ARIA has withdrawn; Sphinx, arguments as a list without terms."""
+    body = context.get("body", "").replace('role="doc-biblioentry"', 'role="listitem"')
+    context["body"] = _ARGUMENTS.sub(_as_lines, body)
+
+
+def _as_lines(arguments: re.Match[str]) -> str:
+    lines = arguments[1].replace("<dd>", '<span class="sig-line">').replace("</dd>", "</span>")
+    return f"<span>{lines}</span>"
