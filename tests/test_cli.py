@@ -141,7 +141,7 @@ def test_lists(said: Any) -> None:
 @pytest.mark.parametrize(
     ("arguments", "status", "message"),
     [
-        (["run", "cifar"], 1, "recipe='cifar' is unknown; choose from "),
+        (["run", "cifar"], 1, "recipe='cifar' is unknown; the nearest are cifar10-"),
         (
             ["run", "cifar10-e2ebp", "--profile", "huge"],
             1,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from dataclasses import asdict, replace
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -161,7 +162,11 @@ def found(recipe: str | Recipe, profile: str) -> tuple[Recipe, Profile]:
     """
     if isinstance(recipe, str):
         if recipe not in RECIPES:
-            raise ValueError(f"recipe={recipe!r} is unknown; choose from {', '.join(RECIPES)}.")
+            near = get_close_matches(recipe, RECIPES, n=5, cutoff=0.3)
+            raise ValueError(
+                f"recipe={recipe!r} is unknown; the nearest are {', '.join(near) or 'none'}; "
+                "'modlib run list' shows all."
+            )
         recipe = RECIPES[recipe]
     if profile not in recipe.profiles:
         raise ValueError(
